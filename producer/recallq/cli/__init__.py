@@ -1,0 +1,5 @@
+"""The ``recallq`` command."""
+
+from recallq.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,40 @@
+"""Puts the commands together."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from recallq.cli import memory, service, status
+from recallq.cli.demo import demo
+from recallq.cli.ingest import ingest_command
+
+app = typer.Typer(
+    name="recallq",
+    help="Long-term memory for fleets of AI agents, behind a task queue.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+app.command("demo")(demo)
+app.command("up")(service.up)
+app.command("worker")(service.worker)
+app.command("add")(memory.add)
+app.command("search")(memory.search)
+app.command("list")(memory.list_)
+app.command("delete")(memory.delete)
+app.command("ingest")(ingest_command)
+app.command("status")(status.status)
+app.command("doctor")(status.doctor)
+app.command("backends")(service.backends)
+
+
+def main() -> None:
+    """The entry point of the ``recallq`` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,411 @@
+"""MemoryClient: what an agent holds.
+
+The facade over the queue. Each call becomes a job (`recallq.requests`), joins a batch
+(`recallq.batching`), travels (`recallq.transport`) and comes back as a value or an error here.
+Nothing in it blocks the event loop, and no call outlives its timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from recallq.batching import Batcher, Draft
+from recallq.contract import (
+    AddResult,
+    AnyJob,
+    DeleteResult,
+    Health,
+    Hit,
+    JobState,
+    Lane,
+    Operation,
+    Outcome,
+    StoredMessage,
+    encode_batch,
+    make_batch,
+)
+from recallq.errors import ClientClosed, InvalidInput, JobTimeout, RecallQError, from_wire
+from recallq.handle import JobHandle
+from recallq.messages import Message, MessageLike, returning
+from recallq.requests import Filters, Requests
+from recallq.settings import ClientSettings
+from recallq.transport import Transport
+from recallq.workers import WorkerInfo
+
+_JOB_OVERHEAD_BYTES = 256
+"""What a job takes in a message besides its texts and ids, about."""
+
+
+class MemoryClient:
+    """Long-term memory behind a task queue, as asyncio calls.
+
+    `url` is the Redis that workers use too; everything in `ClientSettings` can be given by name,
+    else by its ``RECALLQ_*`` variable. `message_type` is what `search_memory` and `list_memory`
+    return: `Message`, ``dict``, a pydantic model, or a class with ``from_dict``.
+
+    One client serves any number of concurrent calls on the event loop that started it.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        message_type: type[Any] = Message,
+        settings: ClientSettings | None = None,
+        **overrides: Any,
+    ) -> None:
+        if settings is None:
+            settings = ClientSettings.load(redis_url=url, **overrides)
+        elif url is not None or overrides:
+            settings = settings.changed(redis_url=url, **overrides)
+        self.settings = settings
+        self._returning = returning(message_type)
+        self._transport: Transport | None = None
+        self._requests: Requests
+        self._batcher: Batcher
+        self._in_flight: asyncio.Semaphore
+
+    # --- lifecycle ------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connects. Raises `ServiceUnavailable`. Starting twice does nothing."""
+        if self._transport is not None:
+            return
+        transport = Transport(self.settings)
+        self._requests = Requests(self.settings, transport.clock)
+        self._batcher = Batcher(self.settings, self._send)
+        self._in_flight = asyncio.Semaphore(self.settings.max_in_flight)
+        self._transport = transport  # before the await: a second start() must not make another
+        try:
+            await transport.start()
+        except BaseException:
+            self._transport = None
+            raise
+
+    async def stop(self) -> None:
+        """Disconnects; calls that still wait end with `ClientClosed`. Their jobs go on."""
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await self._batcher.close()
+            await transport.stop()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def health(self, timeout: float = 5.0) -> bool:
+        """Whether a worker answers and its memory backend is well: a job, there and back."""
+        try:
+            return (await self.check_backend(timeout)).ok
+        except RecallQError:
+            return False
+
+    async def check_backend(self, timeout: float = 5.0) -> Health:
+        """What the memory backend says of itself, by way of a worker; raises what came between."""
+        job = self._ready().health(timeout=timeout)
+        health: Health = await self._call(Lane.LIVE, Operation.HEALTH, job, 0, timeout)
+        return health
+
+    @property
+    def transport(self) -> Transport:
+        """For handles and the CLI. Raises `ClientClosed`."""
+        if self._transport is None:
+            raise ClientClosed("the client is not started; use 'async with' or await start()")
+        return self._transport
+
+    async def workers(self) -> list[WorkerInfo]:
+        """The worker processes that have given a sign of life in the last ten seconds."""
+        return await self.transport.workers()
+
+    # --- the reference's four calls -------------------------------------------------------------
+
+    async def add_memory(
+        self,
+        user_id: str,
+        messages: MessageLike | Sequence[MessageLike],
+        session_id: str | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+        idempotency_key: str | None = None,
+    ) -> AddResult:
+        """Stores messages; returns when they are stored.
+
+        `session_id` None is the session ``"default"``. A call with an `idempotency_key` that was
+        used before in the same session stores nothing again. An empty list does nothing. Raises
+        `InvalidInput`, `QueueFull`, `ServiceUnavailable`, or a `JobError`.
+        """
+        requests = self._ready()
+        if isinstance(messages, Sequence) and not messages:
+            requests.delete(user_id, session_id, timeout=None)  # the ids are checked all the same
+            return AddResult(record_ids=[], added=0)
+        timeout = self._timeout(timeout)
+        job, size = requests.add(
+            user_id, messages, session_id, timeout=timeout, idempotency_key=idempotency_key
+        )
+        target = requests.lane(lane, Lane.LIVE)
+        added: AddResult = await self._call(target, Operation.ADD, job, size, timeout)
+        return added
+
+    async def search_memory(
+        self,
+        user_id: str,
+        messages: MessageLike | Sequence[MessageLike],
+        filters: Filters | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+    ) -> list[Any]:
+        """The user's messages that best match the text of the last of `messages`, best first.
+
+        Filters: ``top_k``, ``session_id``, ``score_threshold``. See `search` for scores.
+        """
+        hits = await self.search(user_id, messages, filters, timeout=timeout, lane=lane)
+        return [hit.message for hit in hits]
+
+    async def list_memory(
+        self,
+        user_id: str,
+        filters: Filters | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+    ) -> list[Any]:
+        """One page of the user's messages, in the order in which they were submitted.
+
+        Filters: ``page_num`` (from 1), ``page_size``, ``session_id``.
+        """
+        records = await self.list_records(user_id, filters, timeout=timeout, lane=lane)
+        return [record.message for record in records]
+
+    async def delete_memory(
+        self,
+        user_id: str,
+        session_id: str | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+    ) -> DeleteResult:
+        """Deletes a session, or with `session_id` None everything of the user."""
+        requests = self._ready()
+        timeout = self._timeout(timeout)
+        job = requests.delete(user_id, session_id, timeout=timeout)
+        target = requests.lane(lane, Lane.LIVE)
+        removed: DeleteResult = await self._call(target, Operation.DELETE, job, 0, timeout)
+        return removed
+
+    # --- the same with more to tell -------------------------------------------------------------
+
+    async def search(
+        self,
+        user_id: str,
+        messages: MessageLike | Sequence[MessageLike],
+        filters: Filters | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+    ) -> list[Hit]:
+        """Like `search_memory`, with score, session, time and record id of each message."""
+        requests = self._ready()
+        timeout = self._timeout(timeout)
+        job = requests.search(user_id, messages, filters, timeout=timeout)
+        target = requests.lane(lane, Lane.LIVE)
+        if job is None:
+            return []
+        hits: list[Hit] = await self._call(target, Operation.SEARCH, job, len(job.query), timeout)
+        return hits
+
+    async def list_records(
+        self,
+        user_id: str,
+        filters: Filters | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+    ) -> list[StoredMessage]:
+        """Like `list_memory`, with session, time and record id of each message."""
+        requests = self._ready()
+        timeout = self._timeout(timeout)
+        job = requests.page(user_id, filters, timeout=timeout)
+        target = requests.lane(lane, Lane.LIVE)
+        records: list[StoredMessage] = await self._call(target, Operation.LIST, job, 0, timeout)
+        return records
+
+    # --- handles --------------------------------------------------------------------------------
+
+    async def submit_add(
+        self,
+        user_id: str,
+        messages: MessageLike | Sequence[MessageLike],
+        session_id: str | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+        idempotency_key: str | None = None,
+    ) -> JobHandle:
+        """Enqueues an add and returns once the broker holds it.
+
+        `timeout` is the job's deadline: not begun within it, the job expires. None sets none.
+        """
+        requests = self._ready()
+        job, size = requests.add(
+            user_id, messages, session_id, timeout=timeout, idempotency_key=idempotency_key
+        )
+        return await self._submit(requests.lane(lane, Lane.LIVE), Operation.ADD, job, size)
+
+    async def submit_search(
+        self,
+        user_id: str,
+        messages: MessageLike | Sequence[MessageLike],
+        filters: Filters | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+    ) -> JobHandle:
+        """Enqueues a search; its handle's result is a list of `Hit`."""
+        requests = self._ready()
+        job = requests.search(user_id, messages, filters, timeout=timeout)
+        if job is None:
+            raise InvalidInput("there is no text to search for")
+        target = requests.lane(lane, Lane.LIVE)
+        return await self._submit(target, Operation.SEARCH, job, len(job.query))
+
+    async def submit_list(
+        self,
+        user_id: str,
+        filters: Filters | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+    ) -> JobHandle:
+        """Enqueues a list; its handle's result is a list of `StoredMessage`."""
+        requests = self._ready()
+        job = requests.page(user_id, filters, timeout=timeout)
+        return await self._submit(requests.lane(lane, Lane.LIVE), Operation.LIST, job, 0)
+
+    async def submit_delete(
+        self,
+        user_id: str,
+        session_id: str | None = None,
+        *,
+        timeout: float | None = None,
+        lane: Lane | str | None = None,
+    ) -> JobHandle:
+        """Enqueues a delete; its handle's result is a `DeleteResult`."""
+        requests = self._ready()
+        job = requests.delete(user_id, session_id, timeout=timeout)
+        return await self._submit(requests.lane(lane, Lane.LIVE), Operation.DELETE, job, 0)
+
+    def handle(self, job_id: str) -> JobHandle:
+        """The handle of a job that this or any other process submitted.
+
+        Raises `UnknownJob` for what was never a job id; whether there is such a job, the handle's
+        own calls tell.
+        """
+        return JobHandle(self, job_id)
+
+    def value_of(self, outcome: Outcome, job_id: str) -> Any:
+        """A settled job's value as callers see it; raises the error of one that failed."""
+        if outcome.state is not JobState.SUCCEEDED:
+            raise from_wire(outcome.error or {}, job_id=job_id)
+        result = outcome.result or {}
+        match outcome.operation:
+            case Operation.ADD:
+                return AddResult.model_validate(result)
+            case Operation.SEARCH:
+                return [
+                    Hit.model_validate({**hit, "message": self._returning(hit["message"])})
+                    for hit in result["hits"]
+                ]
+            case Operation.LIST:
+                return [
+                    StoredMessage.model_validate(
+                        {**record, "message": self._returning(record["message"])}
+                    )
+                    for record in result["records"]
+                ]
+            case Operation.DELETE:
+                return DeleteResult.model_validate(result)
+            case _:
+                return Health.model_validate(result)
+
+    # --- one call's way -------------------------------------------------------------------------
+
+    async def _call(
+        self, lane: Lane, operation: Operation, job: AnyJob, size: int, timeout: float
+    ) -> Any:
+        """Sends a job and waits for its value."""
+        draft: Draft | None = None
+        try:
+            async with asyncio.timeout(timeout), self._in_flight:
+                self._ready()  # may have been stopped while the call waited for its turn
+                draft = self._batcher.put(
+                    lane, operation, job, size + _JOB_OVERHEAD_BYTES, wait=True
+                )
+                await draft.accepted
+                assert draft.outcome is not None  # wait=True
+                outcome = await draft.outcome
+        except TimeoutError:
+            hint = await self._why_no_answer(lane)
+            raise JobTimeout(
+                f"no answer to {operation.value} within {timeout:g} s{hint}", job_id=job.id or None
+            ) from None
+        finally:
+            if draft is not None and draft.outcome is not None:
+                draft.outcome.cancel()  # nobody waits any longer
+        return self.value_of(outcome, job.id)
+
+    async def _submit(self, lane: Lane, operation: Operation, job: AnyJob, size: int) -> JobHandle:
+        """Sends a job and returns once it is accepted."""
+        async with self._in_flight:
+            self._ready()
+            draft = self._batcher.put(lane, operation, job, size + _JOB_OVERHEAD_BYTES, wait=False)
+            await draft.accepted
+        return JobHandle(self, job.id)
+
+    async def _send(self, lane: Lane, operation: Operation, drafts: list[Draft]) -> None:
+        """Publishes one batch; what `Batcher` calls."""
+        transport = self.transport
+        batch = make_batch(
+            transport.next_batch_id(),
+            lane,
+            operation,
+            [draft.job for draft in drafts],
+            self.settings.backend,
+        )
+        payload = encode_batch(batch)
+        for index, draft in enumerate(drafts):
+            if draft.outcome is not None and not draft.outcome.done():
+                transport.expect(batch.id, index, draft.outcome)
+        await transport.publish(batch, payload)
+
+    async def _why_no_answer(self, lane: Lane) -> str:
+        """The likeliest reason for a timeout, if it is that nobody works on the lane."""
+        with contextlib.suppress(RecallQError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                if not any(lane in worker.lanes for worker in await self.workers()):
+                    return (
+                        f": no worker is running for lane {lane.value}; "
+                        "start one with 'recallq worker'"
+                    )
+        return ""
+
+    def _ready(self) -> Requests:
+        if self._transport is None:
+            raise ClientClosed("the client is not started; use 'async with' or await start()")
+        return self._requests
+
+    def _timeout(self, timeout: float | None) -> float:
+        return self.settings.timeout if timeout is None else timeout

@@ -1,0 +1,48 @@
+"""The fleet's clock: order keys and deadlines on the coordination Redis's time.
+
+Machines' clocks differ, so each process measures its offset to Redis TIME once at start and again
+now and then, taking the quickest of a few round trips: the error is at most half of that. Order
+keys never repeat or go back within one clock, whatever the calibration does.
+"""
+
+from __future__ import annotations
+
+import time
+
+from recallq.redis_client import RedisClient
+
+_PROBES = 5
+
+
+class FleetClock:
+    """Redis's time, read locally. Not calibrated, it is this machine's own."""
+
+    def __init__(self) -> None:
+        # Offset to the monotonic clock, so that a step of the machine's wall clock cannot move it.
+        self._offset_us = time.time_ns() // 1000 - time.monotonic_ns() // 1000
+        self._last_order = 0
+
+    async def calibrate(self, redis: RedisClient) -> None:
+        """Measures the offset to `redis`; a handful of round trips."""
+        best: tuple[int, int] | None = None
+        for _ in range(_PROBES):
+            before = time.monotonic_ns() // 1000
+            seconds, micros = await redis.time()
+            after = time.monotonic_ns() // 1000
+            offset = seconds * 1_000_000 + micros - (before + after) // 2
+            if best is None or after - before < best[0]:
+                best = (after - before, offset)
+        if best is not None:
+            self._offset_us = best[1]
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self._now_us() / 1_000_000
+
+    def next_order(self) -> int:
+        """An order key: microseconds since the epoch, larger than any this clock gave before."""
+        self._last_order = max(self._now_us(), self._last_order + 1)
+        return self._last_order
+
+    def _now_us(self) -> int:
+        return time.monotonic_ns() // 1000 + self._offset_us

@@ -1,0 +1,396 @@
+"""What producers and workers agree on: jobs, batches, results, queue and task names.
+
+A Celery message carries one `Batch`: 1..N jobs of one operation and one lane. Its single argument
+is the batch as a JSON string, which the producer writes with `encode_batch` and the worker reads
+with `decode_batch`; its result is a `BatchResult`, one outcome per job in the same order. Both
+sides check `PROTOCOL_VERSION`, so that a change of shape cannot be misread.
+
+Job ids are ``<client>-<batch>-<index>``: whoever holds one can find the batch, its result and the
+client that sent it without asking anybody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any, Generic, Literal, Self, TypeAlias, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from recallq.errors import (
+    JobCancelled,
+    JobError,
+    JobExpired,
+    UndecodableJob,
+    UnknownJob,
+    to_wire,
+)
+
+PROTOCOL_VERSION = 1
+
+DEFAULT_NAMESPACE = "recallq"
+DEFAULT_TENANT = "default"
+DEFAULT_SESSION = "default"
+
+
+class Operation(StrEnum):
+    """What a job does; one Celery task each."""
+
+    ADD = "add"
+    SEARCH = "search"
+    LIST = "list"
+    DELETE = "delete"
+    HEALTH = "health"
+
+    @property
+    def task_name(self) -> str:
+        return f"recallq.{self.value}"
+
+
+class Lane(StrEnum):
+    """A queue with a purpose."""
+
+    LIVE = "live"
+    """Interactive work: an agent waits for it."""
+    BULK = "bulk"
+    """Ingestion."""
+    SLOW = "slow"
+    """LLM extraction and other work of seconds."""
+
+    def queue(self, namespace: str = DEFAULT_NAMESPACE) -> str:
+        """The Celery queue's name."""
+        return f"{namespace}.{self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Whose memory: `session_id` None means every session of the user."""
+
+    tenant: str
+    user_id: str
+    session_id: str | None = None
+
+
+# --- jobs ---------------------------------------------------------------------------------------
+
+
+class Job(BaseModel):
+    """One call. Times are seconds since the epoch on the coordination Redis's clock."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str = ""
+    """Empty until the job joins a batch."""
+    scope: Scope
+    submitted_at: float
+    deadline: float | None = None
+    """Not begun after this moment."""
+
+    @property
+    def weight(self) -> int:
+        """How many records its result may hold: what bounds a batch besides jobs and bytes."""
+        return 1
+
+
+class AddJob(Job):
+    messages: list[Any]
+    """JSON objects. The producer holds them already encoded, as `orjson.Fragment`."""
+    order: int
+    """Order key: microseconds on the shared clock at submission, unique within a producer."""
+    idempotency_key: str | None = None
+
+    def record_id(self, index: int) -> str:
+        """The id of the record that holds message `index`: the same however often the job runs.
+
+        Ids of one job sort by index, so (order key, record id) orders a session's messages.
+        """
+        if self.idempotency_key is None:
+            return f"{self.id}-{index:05x}"
+        parts = (self.scope.tenant, self.scope.user_id, self.scope.session_id or DEFAULT_SESSION,
+                 self.idempotency_key)  # fmt: skip
+        digest = hashlib.sha256()
+        for part in parts:
+            encoded = part.encode()
+            digest.update(b"%d:%b" % (len(encoded), encoded))
+        return f"k{digest.hexdigest()[:32]}-{index:05x}"
+
+
+class SearchJob(Job):
+    query: str
+    top_k: int = Field(ge=1)
+    score_threshold: float | None = None
+
+    @property
+    def weight(self) -> int:
+        return self.top_k
+
+
+class ListJob(Job):
+    offset: int = Field(ge=0)
+    limit: int = Field(ge=1)
+
+    @property
+    def weight(self) -> int:
+        return self.limit
+
+
+class DeleteJob(Job):
+    pass
+
+
+class HealthJob(Job):
+    pass
+
+
+AnyJob: TypeAlias = AddJob | SearchJob | ListJob | DeleteJob | HealthJob
+J = TypeVar("J", bound=Job)
+
+
+class Batch(BaseModel, Generic[J]):
+    """The jobs of one Celery message; its id is the Celery task id."""
+
+    v: int = PROTOCOL_VERSION
+    id: str
+    lane: Lane
+    operation: Operation
+    backend: str | None = None
+    """The backend the client insists on; None takes whatever the worker runs."""
+    jobs: list[J]
+
+
+class AddBatch(Batch[AddJob]):
+    operation: Literal[Operation.ADD] = Operation.ADD
+
+
+class SearchBatch(Batch[SearchJob]):
+    operation: Literal[Operation.SEARCH] = Operation.SEARCH
+
+
+class ListBatch(Batch[ListJob]):
+    operation: Literal[Operation.LIST] = Operation.LIST
+
+
+class DeleteBatch(Batch[DeleteJob]):
+    operation: Literal[Operation.DELETE] = Operation.DELETE
+
+
+class HealthBatch(Batch[HealthJob]):
+    operation: Literal[Operation.HEALTH] = Operation.HEALTH
+
+
+AnyBatch: TypeAlias = AddBatch | SearchBatch | ListBatch | DeleteBatch | HealthBatch
+
+_BATCHES: dict[Operation, type[Batch[Any]]] = {
+    Operation.ADD: AddBatch,
+    Operation.SEARCH: SearchBatch,
+    Operation.LIST: ListBatch,
+    Operation.DELETE: DeleteBatch,
+    Operation.HEALTH: HealthBatch,
+}
+_batch_adapter: TypeAdapter[AnyBatch] = TypeAdapter(
+    Annotated[AnyBatch, Field(discriminator="operation")]
+)
+
+
+def make_batch(
+    batch_id: str, lane: Lane, operation: Operation, jobs: list[AnyJob], backend: str | None
+) -> Batch[Any]:
+    """A batch of validated jobs, which get their ids here."""
+    for index, job in enumerate(jobs):
+        job.id = f"{batch_id}-{index}"
+    return _BATCHES[operation].model_construct(
+        id=batch_id, lane=lane, operation=operation, backend=backend, jobs=jobs
+    )
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """For ``orjson.dumps(default=)``: a model as the dictionary of its fields.
+
+    orjson calls it for the models of a batch or a result and writes what they hold itself, which
+    copies nothing, unlike ``model_dump``.
+    """
+    if isinstance(value, BaseModel):
+        return value.__dict__
+    raise TypeError(f"{type(value).__name__} cannot be sent")
+
+
+def encode_batch(batch: Batch[Any]) -> str:
+    """The JSON string that the Celery message carries. Messages in it are encoded only once."""
+    return orjson.dumps({"v": PROTOCOL_VERSION, **batch.__dict__}, default=fields_of).decode()
+
+
+def decode_batch(payload: object) -> AnyBatch:
+    """The batch in a Celery message's argument. Raises `UndecodableJob`, saying why."""
+    if not isinstance(payload, str):
+        raise UndecodableJob(f"expected a JSON string, got {type(payload).__name__}")
+    try:
+        batch = _batch_adapter.validate_json(payload)
+    except ValidationError as error:
+        _check_version(_version_of(payload))  # a newer shape fails validation for that reason
+        problem = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise UndecodableJob(f"{place or 'batch'}: {problem['msg']}") from error
+    _check_version(batch.v)
+    return batch
+
+
+def _version_of(payload: str) -> object:
+    try:
+        return orjson.loads(payload)["v"]
+    except (ValueError, TypeError, KeyError):
+        return PROTOCOL_VERSION  # not even JSON: the validation error says it better
+
+
+def _check_version(version: object) -> None:
+    if version != PROTOCOL_VERSION:
+        raise UndecodableJob(f"protocol version {version!r}; this worker speaks {PROTOCOL_VERSION}")
+
+
+# --- ids ----------------------------------------------------------------------------------------
+
+_JOB_ID = re.compile(r"(?P<batch>(?P<client>[0-9a-f]{16})-[0-9a-f]{1,16})-(?P<index>[0-9]{1,6})")
+
+
+@dataclass(frozen=True, slots=True)
+class JobRef:
+    """A job id, taken apart."""
+
+    client_id: str
+    batch_id: str
+    index: int
+
+    @classmethod
+    def parse(cls, job_id: str) -> Self:
+        """Raises `UnknownJob` for what was never a job id."""
+        match = _JOB_ID.fullmatch(job_id) if isinstance(job_id, str) else None
+        if match is None:
+            raise UnknownJob(f"{job_id!r} is not a job id")
+        return cls(match["client"], match["batch"], int(match["index"]))
+
+
+def client_of(batch_id: str) -> str:
+    """The id of the client that sent a batch."""
+    return batch_id.partition("-")[0]
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def settled(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class StoredMessage(BaseModel):
+    """A message as a backend holds it. On the wire and in the worker it is a JSON object."""
+
+    message: Any
+    record_id: str
+    session_id: str
+    created_at: datetime
+    """When it was submitted (UTC)."""
+
+
+class Hit(StoredMessage):
+    """A stored message that a search found; a higher score is a better match."""
+
+    score: float
+
+
+class AddResult(BaseModel):
+    record_ids: list[str]
+    """One per message, in order."""
+    added: int
+    """How many were not stored before: fewer than the ids when an idempotency key was reused."""
+
+
+class SearchResult(BaseModel):
+    hits: list[Hit]
+
+
+class ListResult(BaseModel):
+    records: list[StoredMessage]
+
+
+class DeleteResult(BaseModel):
+    removed: int
+    """Messages removed."""
+
+
+class Health(BaseModel):
+    """What a memory backend says of itself, after asking its real service."""
+
+    ok: bool
+    backend: str
+    detail: str = ""
+
+
+JobResult: TypeAlias = AddResult | SearchResult | ListResult | DeleteResult | Health
+
+RESULT_TYPES: dict[Operation, type[BaseModel]] = {
+    Operation.ADD: AddResult,
+    Operation.SEARCH: SearchResult,
+    Operation.LIST: ListResult,
+    Operation.DELETE: DeleteResult,
+    Operation.HEALTH: Health,
+}
+
+
+class Outcome(BaseModel):
+    """How one job settled: a result, or an error as `recallq.errors.to_wire` writes it."""
+
+    state: JobState
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    operation: Operation | None = None
+    """Not sent with each outcome: the reader takes it over from the batch result."""
+
+
+def failed(error: JobError) -> Outcome:
+    """The outcome of a job that ended with `error`."""
+    state = _STATE_OF_ERROR.get(type(error), JobState.FAILED)
+    return Outcome(state=state, error=to_wire(error))
+
+
+def cancelled() -> Outcome:
+    """The outcome of a job that was cancelled before it began."""
+    return failed(JobCancelled("the job was cancelled before a worker began it"))
+
+
+_STATE_OF_ERROR: dict[type[JobError], JobState] = {
+    JobCancelled: JobState.CANCELLED,
+    JobExpired: JobState.EXPIRED,
+}
+
+
+class BatchResult(BaseModel):
+    """What the result backend holds for a batch: an outcome per job, None while one is pending."""
+
+    v: int = PROTOCOL_VERSION
+    operation: Operation | None = None
+    # Not in the repr, which Celery writes to its log: it holds what users said.
+    outcomes: list[Outcome | None] = Field(default_factory=list, repr=False)
+    error: dict[str, Any] | None = None
+    """Set when the batch failed as a whole, because the worker could not read it."""
+
+
+PARTIAL = "PARTIAL"
+"""Celery state of a batch of which some jobs have settled and others still run."""
+
+
+def timestamp(order: int) -> datetime:
+    """The submission time in an order key."""
+    return datetime.fromtimestamp(order / 1_000_000, UTC)

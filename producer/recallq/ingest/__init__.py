@@ -1,0 +1,29 @@
+"""Bulk ingestion: conversation logs into memory, what ``recallq ingest`` runs.
+
+    async with MemoryClient(url) as client:
+        report = await ingest(client, ["conversations.jsonl"], IngestOptions(resume=True))
+
+Ingesting a file again adds nothing: see `recallq.ingest.formats` for what makes two messages the
+same, and for the formats.
+"""
+
+from recallq.ingest.formats import Defaults, Line, Reject, Turn, parse
+from recallq.ingest.journal import Checkpoint
+from recallq.ingest.runner import Adder, IngestOptions, IngestReport, Progress, check, ingest
+from recallq.ingest.source import Source
+
+__all__ = [
+    "Adder",
+    "Checkpoint",
+    "Defaults",
+    "IngestOptions",
+    "IngestReport",
+    "Line",
+    "Progress",
+    "Reject",
+    "Source",
+    "Turn",
+    "check",
+    "ingest",
+    "parse",
+]

@@ -1,0 +1,74 @@
+"""Names of everything RecallQ keeps in Redis, in one place.
+
+Every key begins with the namespace. Keys of one user carry a hash tag ``{tenant/user}``, so that a
+Redis Cluster keeps them in one slot. Ids go in percent-encoded: no id, however hostile, can reach
+into another's keys, and no code ever takes a key apart again.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import sha256
+from urllib.parse import quote
+
+_LONGEST_READABLE = 200
+
+
+@lru_cache(maxsize=8192)
+def escape(name: str) -> str:
+    """An injective, printable form of any id; long ones become their hash.
+
+    ``quote`` leaves no ``=`` unescaped, so the hashed form cannot meet a readable one.
+    """
+    escaped = quote(name, safe="")
+    if len(escaped) <= _LONGEST_READABLE:
+        return escaped
+    return "=" + sha256(name.encode()).hexdigest()
+
+
+class Keys:
+    """The key names of one namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.ledger = f"{namespace}:ledger"
+        """Sorted set of outstanding batch ids by time of publication."""
+        self.outstanding = f"{namespace}:outstanding"
+        """Hash: lane -> jobs accepted and not settled."""
+        self.workers = f"{namespace}:workers"
+        """Set of the ids of worker processes, some perhaps dead."""
+        self.dead = f"{namespace}:dead"
+        """Sorted set of dead letter ids by time of death."""
+        self.result_prefix = f"{namespace}:"
+        """Celery's backend puts it before its own ``celery-task-meta-``."""
+
+    def batch(self, batch_id: str) -> str:
+        """Hash: the ledger's entry of one outstanding batch."""
+        return f"{self.namespace}:batch:{batch_id}"
+
+    def result(self, batch_id: str) -> str:
+        """Where Celery's Redis result backend keeps a batch's result."""
+        return f"{self.result_prefix}celery-task-meta-{batch_id}"
+
+    def reply_channel(self, client_id: str) -> str:
+        """Pub/sub channel on which a client hears of its results."""
+        return f"{self.namespace}:reply:{client_id}"
+
+    def epochs(self, tenant: str, user_id: str) -> str:
+        """Hash: field ``n`` counts the user's deletions."""
+        return f"{self.namespace}:epoch:{self.user_tag(tenant, user_id)}"
+
+    def worker(self, worker_id: str) -> str:
+        """A worker process's description; expires with its last sign of life."""
+        return f"{self.namespace}:worker:{worker_id}"
+
+    def backend_owner(self, backend: str) -> str:
+        """Lease of the one process that may run a single-process backend."""
+        return f"{self.namespace}:owner:{backend}"
+
+    def dead_letter(self, letter_id: str) -> str:
+        return f"{self.namespace}:dead:{letter_id}"
+
+    def user_tag(self, tenant: str, user_id: str) -> str:
+        """``{tenant/user}``: the hash tag that all keys of one user share."""
+        return f"{{{escape(tenant)}/{escape(user_id)}}}"

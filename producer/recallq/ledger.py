@@ -1,0 +1,137 @@
+"""The ledger of outstanding batches, as the producer writes it and handles read it.
+
+A batch is entered here in the same step that makes it a Celery message, and leaves when its result
+is stored, so "accepted and not settled" is a fact in Redis rather than a guess: handles tell queued
+from running from unknown by it, lanes count their jobs by it, and the message's copy in it lets a
+lost message be sent again. The worker's side is `recallq_worker.ledger`.
+
+The hash of a batch: ``s`` state, ``l`` lane, ``n`` jobs, ``e`` the jobs' deletion epochs, ``m`` the
+Celery message, ``t`` time of publication (ms), ``d`` deliveries, ``w`` worker, ``c<i>`` job i is
+cancelled.
+
+Deletion epochs: every delete raises its user's counter when it is published, and every add carries
+the counter's value of that moment. Both happen inside the publishing script, so an add is before or
+after a delete beyond doubt, without clocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from recallq.contract import AnyJob, Batch, JobState, Lane, Operation
+from recallq.errors import QueueFull
+from recallq.keys import Keys
+from recallq.redis_client import RedisClient
+
+# KEYS: batch, ledger, outstanding, queue, then the epoch hash of each user.
+# ARGV: batch id, lane, jobs, high-water mark, operation, message, enqueue here (1/0),
+#       "1,1,2": the user of each job.
+# Repeating it after a lost reply is harmless: a batch that is in the ledger is not entered again.
+_PUBLISH = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return {1, 0} end
+local outstanding = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0')
+if outstanding >= tonumber(ARGV[4]) then return {0, outstanding} end
+local epochs = {}
+for user in string.gmatch(ARGV[8], '%d+') do
+  local key = KEYS[4 + tonumber(user)]
+  if ARGV[5] == 'delete' then
+    epochs[#epochs + 1] = redis.call('HINCRBY', key, 'n', 1)
+  else
+    epochs[#epochs + 1] = redis.call('HGET', key, 'n') or '0'
+  end
+end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('HSET', KEYS[1], 's', 'queued', 'l', ARGV[2], 'n', ARGV[3],
+           'e', table.concat(epochs, ','), 'm', ARGV[6], 't', now)
+redis.call('ZADD', KEYS[2], now, ARGV[1])
+redis.call('HINCRBY', KEYS[3], ARGV[2], ARGV[3])
+if ARGV[7] == '1' then redis.call('LPUSH', KEYS[4], ARGV[6]) end
+return {1, outstanding}
+"""
+
+# KEYS: batch. ARGV: the job's index.
+_CANCEL = """
+local state = redis.call('HGET', KEYS[1], 's')
+if state == 'queued' then redis.call('HSET', KEYS[1], 'c' .. ARGV[1], 1) end
+return state
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """What the ledger says of one job of an outstanding batch."""
+
+    state: JobState
+    jobs: int
+
+
+class ProducerLedger:
+    """Enters batches, and answers for jobs that have not settled."""
+
+    def __init__(self, redis: RedisClient, keys: Keys, high_water_mark: int) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._high_water_mark = high_water_mark
+        self._publish = redis.register_script(_PUBLISH)
+        self._cancel = redis.register_script(_CANCEL)
+
+    async def enter(self, batch: Batch[AnyJob], message: bytes, *, enqueue: bool) -> None:
+        """Enters `batch`, and with `enqueue` pushes `message` onto its queue in the same step.
+
+        Raises `QueueFull`, in which case nothing was written.
+        """
+        users: dict[str, int] = {}
+        user_of_job: list[str] = []
+        if batch.operation in (Operation.ADD, Operation.DELETE):
+            for job in batch.jobs:
+                key = self._keys.epochs(job.scope.tenant, job.scope.user_id)
+                user_of_job.append(str(users.setdefault(key, len(users) + 1)))
+        queue = batch.lane.queue(self._keys.namespace)
+        accepted, outstanding = await self._publish(
+            keys=[
+                self._keys.batch(batch.id),
+                self._keys.ledger,
+                self._keys.outstanding,
+                queue,
+                *users,
+            ],
+            args=[
+                batch.id,
+                batch.lane.value,
+                len(batch.jobs),
+                self._high_water_mark,
+                batch.operation.value,
+                message,
+                "1" if enqueue else "0",
+                ",".join(user_of_job),
+            ],
+        )
+        if not accepted:
+            raise QueueFull(
+                f"lane {batch.lane.value} holds {outstanding:,} outstanding jobs and its "
+                f"high-water mark is {self._high_water_mark:,}; try again later, "
+                "or start more workers",
+                retry_after=1.0,
+            )
+
+    async def look_up(self, batch_id: str, index: int) -> LedgerEntry | None:
+        """The state of job `index`; None if the batch is not outstanding."""
+        found = await self._redis.hmget(self._keys.batch(batch_id), ["s", "n", f"c{index}"])
+        state, jobs, cancelled = cast("list[bytes | None]", found)
+        if state is None or jobs is None:
+            return None
+        if cancelled is not None:
+            return LedgerEntry(JobState.CANCELLED, int(jobs))
+        return LedgerEntry(JobState(state.decode()), int(jobs))
+
+    async def cancel(self, batch_id: str, index: int) -> bool:
+        """Marks a queued job as cancelled; False if a worker has begun or settled its batch."""
+        state = await self._cancel(keys=[self._keys.batch(batch_id)], args=[index])
+        return bool(state == b"queued")
+
+    async def outstanding(self) -> dict[Lane, int]:
+        """Accepted and unsettled jobs of each lane."""
+        counts = await self._redis.hgetall(self._keys.outstanding)
+        return {lane: int(counts.get(lane.value.encode(), 0)) for lane in Lane}

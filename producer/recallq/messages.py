@@ -1,0 +1,300 @@
+"""Messages: what callers store and get back, and how other libraries' shapes become them.
+
+A `Message` keeps what it was given, unknown fields included, so that what comes back from the
+queue equals what went in; only its known fields are typed. The worker never needs the classes: it
+keeps messages as plain JSON objects and takes their searchable text with `message_text`, the same
+function that `Message.text` uses.
+
+The shape follows agentscope-runtime's ``Message`` (role, type, list of content parts); OpenAI chat
+dictionaries, plain strings and any pydantic model or object with ``to_dict`` are taken too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, TypeAlias, cast
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Discriminator, JsonValue, Tag, ValidationError
+
+from recallq.errors import ConfigurationError, InvalidInput
+
+
+class ContentPart(BaseModel):
+    """One part of a message's content, of a type that RecallQ knows nothing special about."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, JsonValue]
+
+    type: str
+
+    def model_post_init(self, context: Any, /) -> None:
+        # Messages are stored without the defaults nobody set, but a part without its type could
+        # not be read back.
+        self.__pydantic_fields_set__.add("type")
+
+
+class TextPart(ContentPart):
+    type: Literal["text"] = "text"
+    text: str | None = None
+
+
+class DataPart(ContentPart):
+    """Structured data: a tool call, its output, anything JSON."""
+
+    type: Literal["data"] = "data"
+    data: JsonValue = None
+
+
+class ImagePart(ContentPart):
+    type: Literal["image"] = "image"
+    image_url: JsonValue = None
+
+
+class AudioPart(ContentPart):
+    type: Literal["audio"] = "audio"
+    data: JsonValue = None
+    format: str | None = None
+
+
+class FilePart(ContentPart):
+    type: Literal["file"] = "file"
+    file_url: str | None = None
+    file_id: str | None = None
+    filename: str | None = None
+    file_data: str | None = None
+
+
+class RefusalPart(ContentPart):
+    type: Literal["refusal"] = "refusal"
+    refusal: str | None = None
+
+
+_PART_TYPES = frozenset({"text", "data", "image", "audio", "file", "refusal"})
+
+
+def _part_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return kind if isinstance(kind, str) and kind in _PART_TYPES else "other"
+
+
+AnyPart: TypeAlias = Annotated[
+    Annotated[TextPart, Tag("text")]
+    | Annotated[DataPart, Tag("data")]
+    | Annotated[ImagePart, Tag("image")]
+    | Annotated[AudioPart, Tag("audio")]
+    | Annotated[FilePart, Tag("file")]
+    | Annotated[RefusalPart, Tag("refusal")]
+    | Annotated[ContentPart, Tag("other")],
+    Discriminator(_part_tag),
+]
+
+
+class Message(BaseModel):
+    """One message of a conversation.
+
+    Extra fields must be JSON values and are kept as they are. Two messages are equal if all their
+    fields are, extra ones included.
+    """
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, JsonValue]
+
+    role: str | None = None
+    type: str = "message"
+    content: str | list[AnyPart] | None = None
+
+    @classmethod
+    def _of(cls, role: str, text: str, extra: dict[str, Any]) -> Self:
+        return cls.model_validate(
+            {"role": role, "content": [{"type": "text", "text": text}], **extra}
+        )
+
+    @classmethod
+    def user(cls, text: str, **extra: Any) -> Self:
+        """A user's message; `extra` fields are kept with it."""
+        return cls._of("user", text, extra)
+
+    @classmethod
+    def assistant(cls, text: str, **extra: Any) -> Self:
+        """An assistant's message; `extra` fields are kept with it."""
+        return cls._of("assistant", text, extra)
+
+    @classmethod
+    def system(cls, text: str, **extra: Any) -> Self:
+        """A system message; `extra` fields are kept with it."""
+        return cls._of("system", text, extra)
+
+    @classmethod
+    def tool(cls, text: str, **extra: Any) -> Self:
+        """A tool's output; `extra` fields, such as ``tool_call_id``, are kept with it."""
+        return cls._of("tool", text, extra)
+
+    @property
+    def text(self) -> str:
+        """All the text in the message, parts joined by newlines: what search looks at."""
+        return message_text(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The message as a JSON object, with the fields that were set and no others."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+MessageLike: TypeAlias = Message | str | Mapping[str, Any] | BaseModel | Any
+
+
+def to_message(value: MessageLike, where: str = "message") -> Message:
+    """The `Message` that `value` stands for.
+
+    `value` is a `Message`, a string (a user's message), a mapping in OpenAI's, mem0's or
+    agentscope's shape, a pydantic model, or an object with ``to_dict()``. `where` names the value
+    in errors. Raises `InvalidInput`.
+    """
+    if isinstance(value, Message):
+        return value
+    if isinstance(value, str):
+        return Message.user(value)
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    elif not isinstance(value, Mapping) and callable(getattr(value, "to_dict", None)):
+        value = value.to_dict()
+    if not isinstance(value, Mapping):
+        raise InvalidInput(
+            f"{where} is a {type(value).__name__}; give a Message, a string or a "
+            '{"role": ..., "content": ...} dictionary'
+        )
+    if "content" not in value and "role" not in value:
+        raise InvalidInput(f"{where} has neither 'role' nor 'content'")
+    try:
+        return Message.model_validate(value)
+    except ValidationError as error:
+        raise InvalidInput(f"{where}: {_first_problem(error)}") from error
+
+
+def to_messages(values: MessageLike | Sequence[MessageLike]) -> list[Message]:
+    """`values` as a list of messages; a single message or string counts as a list of one."""
+    if isinstance(values, (str, Mapping, BaseModel)):
+        return [to_message(values)]
+    if not isinstance(values, Sequence) or isinstance(values, (bytes, bytearray)):
+        if callable(getattr(values, "to_dict", None)):
+            return [to_message(values)]
+        raise InvalidInput(f"messages must be a list of messages, not a {type(values).__name__}")
+    return [to_message(value, f"messages[{index}]") for index, value in enumerate(values)]
+
+
+def encode_message(message: Message, where: str, limit: int) -> bytes:
+    """`message` as compact JSON of at most `limit` bytes; `InvalidInput` where it cannot be."""
+    try:
+        encoded = orjson.dumps(message.model_dump(exclude_unset=True))
+    except (TypeError, ValueError) as error:
+        # Lone surrogates, integers beyond 64 bits, fields assigned after validation.
+        raise InvalidInput(f"{where} cannot be written as JSON: {error}") from error
+    if len(encoded) > limit:
+        raise InvalidInput(
+            f"{where} is {len(encoded):,} bytes and the limit is {limit:,}; "
+            "store large content elsewhere and keep a reference, or raise max_message_bytes"
+        )
+    return encoded
+
+
+def _first_problem(error: ValidationError) -> str:
+    # Of a union's complaints the one that got furthest in is the one about what the caller meant;
+    # union tags and class names in its location would only puzzle them.
+    problems = error.errors(include_url=False, include_input=False)
+    problem = max(problems, key=lambda each: len(each["loc"]))
+    place = ".".join(str(step) for step in problem["loc"] if not _is_type_label(step))
+    return f"{place or 'value'}: {problem['msg']}"
+
+
+def _is_type_label(step: int | str) -> bool:
+    return isinstance(step, str) and (step in _PART_TYPES | {"other", "str"} or "[" in step)
+
+
+def returning(message_type: type[Any]) -> Callable[[dict[str, Any]], Any]:
+    """What turns a stored JSON object into the caller's own message class.
+
+    `message_type` is `Message`, ``dict``, any pydantic model, or a class with ``from_dict``.
+    Raises `ConfigurationError` for anything else.
+    """
+    if message_type is dict:
+        return dict
+    if isinstance(message_type, type) and issubclass(message_type, BaseModel):
+        return message_type.model_validate
+    from_dict = getattr(message_type, "from_dict", None)
+    if callable(from_dict):
+        return cast("Callable[[dict[str, Any]], Any]", from_dict)
+    raise ConfigurationError(
+        f"message_type {message_type!r} is neither dict, a pydantic model, nor has from_dict()"
+    )
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+# Where a message or part keeps what a person or a tool said. Ids, URLs, media and bookkeeping are
+# not text.
+_MESSAGE_FIELDS = ("content", "refusal", "tool_calls", "function_call", "message")
+_PART_FIELDS = ("text", "refusal", "data", "name", "arguments", "input", "output", "content",
+                "transcript", "filename", "title", "function", "input_audio")  # fmt: skip
+_MEDIA_TYPES = frozenset({"audio", "input_audio", "image", "image_url", "video"})
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """All the text of a message given as a JSON object: content, data parts and tool calls."""
+    pieces: list[str] = []
+    for field in _MESSAGE_FIELDS:
+        value = message.get(field)
+        if isinstance(value, str):
+            pieces.append(value)
+        elif isinstance(value, list):
+            for part in value:
+                pieces.extend([part] if isinstance(part, str) else _part_text(part))
+        elif isinstance(value, Mapping):
+            pieces.extend(_part_text(value))
+    return "\n".join(piece for piece in pieces if piece)
+
+
+def _part_text(part: Any) -> Iterator[str]:
+    if not isinstance(part, Mapping):
+        return
+    media = part.get("type") in _MEDIA_TYPES
+    for field in _PART_FIELDS:
+        value = part.get(field)
+        if value is None or (media and field == "data"):
+            continue
+        if field in ("function", "input_audio") and isinstance(value, Mapping):
+            yield from _part_text({**value, "type": part.get("type")})
+        elif field == "content" and isinstance(value, list):
+            for inner in value:
+                yield from [inner] if isinstance(inner, str) else _part_text(inner)
+        elif field == "text":
+            yield from _leaves(value, parse=False)
+        else:
+            yield from _leaves(value, parse=True)
+
+
+def _leaves(value: Any, *, parse: bool) -> Iterator[str]:
+    """The strings and numbers inside `value`.
+
+    With `parse`, a string that is itself a JSON object or array - as tool-call arguments are - is
+    looked into: its text may be escaped (``\\u676d``) and would otherwise never be found.
+    """
+    if isinstance(value, str):
+        if parse and value[:1] in ("{", "["):
+            try:
+                inner = orjson.loads(value)
+            except ValueError:
+                yield value
+            else:
+                yield from _leaves(inner, parse=False)
+        else:
+            yield value
+    elif isinstance(value, bool) or value is None:
+        return
+    elif isinstance(value, (int, float)):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _leaves(inner, parse=parse)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, parse=parse)

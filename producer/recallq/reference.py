@@ -1,0 +1,50 @@
+"""The settings that agentscope-runtime 1.0's memory services were configured with.
+
+Its factory read ``MEMORY_BACKEND`` and ``MEMORY_<BACKEND>_<ARGUMENT>`` and passed the strings on.
+Here they have types, and both `MemoryServiceFactory` and the worker honour them, below RecallQ's
+own ``RECALLQ_*``. Only what still has a meaning is taken up; what a reader would expect to matter
+and does not is refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from recallq.errors import ConfigurationError
+
+BACKEND_VARIABLE = "MEMORY_BACKEND"
+
+
+class ReferenceSettings(BaseSettings):
+    """``MEMORY_BACKEND`` and the arguments of the reference's `RedisMemoryService`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MEMORY_", extra="ignore", hide_input_in_errors=True
+    )
+
+    backend: str | None = None
+    redis_redis_url: str | None = Field(None, repr=False)
+    redis_ttl_seconds: int | None = Field(None, ge=1)
+    redis_max_messages_per_session: int | None = Field(None, ge=1)
+    redis_socket_timeout: float | None = Field(None, gt=0)
+    redis_socket_connect_timeout: float | None = Field(None, gt=0)
+    redis_max_connections: int | None = Field(None, ge=1)
+    redis_retry_on_timeout: bool | None = None
+    redis_health_check_interval: float | None = Field(None, ge=0)
+    redis_socket_keepalive: bool | None = None
+
+    @classmethod
+    def load(cls, **arguments: Any) -> Self:
+        """Settings from arguments and the environment. Raises `ConfigurationError`."""
+        try:
+            settings = cls(**arguments)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_input=False)[0]
+            name = str(problem["loc"][0])
+            raise ConfigurationError(f"MEMORY_{name.upper()}: {problem['msg']}") from error
+        if settings.backend is not None:
+            settings.backend = settings.backend.lower()
+        return settings

@@ -1,0 +1,207 @@
+"""Turns a caller's arguments into jobs, or into an `InvalidInput` that says what is wrong.
+
+The one place where input is checked: whatever passes here can be enqueued, stored and read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from recallq.clock import FleetClock
+from recallq.contract import (
+    DEFAULT_SESSION,
+    AddJob,
+    DeleteJob,
+    HealthJob,
+    Lane,
+    ListJob,
+    Scope,
+    SearchJob,
+)
+from recallq.errors import ConfigurationError, InvalidInput
+from recallq.messages import MessageLike, encode_message, to_messages
+from recallq.settings import ClientSettings
+
+_SEARCH_FILTERS = ("top_k", "session_id", "score_threshold")
+_LIST_FILTERS = ("page_num", "page_size", "session_id")
+
+Filters = Mapping[str, Any]
+
+
+class Requests:
+    """Builds the jobs of one client."""
+
+    def __init__(self, settings: ClientSettings, clock: FleetClock) -> None:
+        self._settings = settings
+        self._clock = clock
+        try:
+            self._check_id("tenant", settings.tenant)
+        except InvalidInput as error:
+            raise ConfigurationError(str(error)) from error
+
+    def add(
+        self,
+        user_id: str,
+        messages: MessageLike | Sequence[MessageLike],
+        session_id: str | None,
+        *,
+        timeout: float | None,
+        idempotency_key: str | None,
+    ) -> tuple[AddJob, int]:
+        """An add job and its size in bytes. Takes its order key now."""
+        settings = self._settings
+        scope = self._scope(user_id, DEFAULT_SESSION if session_id is None else session_id)
+        if idempotency_key is not None:
+            self._check_id("idempotency_key", idempotency_key)
+        encoded = [
+            encode_message(message, f"messages[{index}]", settings.max_message_bytes)
+            for index, message in enumerate(to_messages(messages))
+        ]
+        if not encoded:
+            raise InvalidInput("messages is empty; give at least one message to add")
+        size = sum(map(len, encoded))
+        if size > settings.max_job_bytes:
+            raise InvalidInput(
+                f"the messages are {size:,} bytes together and the limit is "
+                f"{settings.max_job_bytes:,}; add them in several calls, or raise max_job_bytes"
+            )
+        submitted_at, deadline = self._times(timeout)
+        job = AddJob.model_construct(
+            id="",
+            scope=scope,
+            submitted_at=submitted_at,
+            deadline=deadline,
+            messages=[orjson.Fragment(each) for each in encoded],
+            order=self._clock.next_order(),
+            idempotency_key=idempotency_key,
+        )
+        return job, size
+
+    def search(
+        self,
+        user_id: str,
+        messages: MessageLike | Sequence[MessageLike],
+        filters: Filters | None,
+        *,
+        timeout: float | None,
+    ) -> SearchJob | None:
+        """A search job for the text of the last message; None if there is no text to look for."""
+        given = self._filters(filters, _SEARCH_FILTERS)
+        top_k = self._count(given, "top_k", self._settings.default_top_k)
+        threshold = given.get("score_threshold")
+        if threshold is not None and (
+            isinstance(threshold, bool) or not isinstance(threshold, (int, float))
+        ):
+            raise InvalidInput(f"score_threshold must be a number, not {threshold!r}")
+        scope = self._scope(user_id, given.get("session_id"))
+        query = to_messages(messages)
+        text = query[-1].text if query else ""
+        _check_text("the query", text)
+        if not text.strip():
+            return None
+        submitted_at, deadline = self._times(timeout)
+        return SearchJob.model_construct(
+            id="",
+            scope=scope,
+            submitted_at=submitted_at,
+            deadline=deadline,
+            query=text,
+            top_k=top_k,
+            score_threshold=None if threshold is None else float(threshold),
+        )
+
+    def page(self, user_id: str, filters: Filters | None, *, timeout: float | None) -> ListJob:
+        given = self._filters(filters, _LIST_FILTERS)
+        page_size = self._count(given, "page_size", self._settings.default_page_size)
+        page_num = self._count(given, "page_num", 1, limited=False)
+        scope = self._scope(user_id, given.get("session_id"))
+        submitted_at, deadline = self._times(timeout)
+        return ListJob.model_construct(
+            id="",
+            scope=scope,
+            submitted_at=submitted_at,
+            deadline=deadline,
+            offset=(page_num - 1) * page_size,
+            limit=page_size,
+        )
+
+    def delete(self, user_id: str, session_id: str | None, *, timeout: float | None) -> DeleteJob:
+        """A job that deletes one session, or the whole user with `session_id` None."""
+        submitted_at, deadline = self._times(timeout)
+        return DeleteJob.model_construct(
+            id="",
+            scope=self._scope(user_id, session_id),
+            submitted_at=submitted_at,
+            deadline=deadline,
+        )
+
+    def health(self, *, timeout: float) -> HealthJob:
+        submitted_at, deadline = self._times(timeout)
+        scope = Scope(self._settings.tenant, "")
+        return HealthJob.model_construct(
+            id="", scope=scope, submitted_at=submitted_at, deadline=deadline
+        )
+
+    def lane(self, lane: Lane | str | None, default: Lane) -> Lane:
+        try:
+            return default if lane is None else Lane(lane)
+        except ValueError:
+            known = ", ".join(each.value for each in Lane)
+            raise InvalidInput(f"lane {lane!r} is unknown; the lanes are {known}") from None
+
+    def _times(self, timeout: float | None) -> tuple[float, float | None]:
+        now = self._clock.now()
+        if timeout is None:
+            return now, None
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise InvalidInput(f"timeout must be a positive number of seconds, not {timeout!r}")
+        return now, now + timeout
+
+    def _scope(self, user_id: object, session_id: object) -> Scope:
+        self._check_id("user_id", user_id)
+        if session_id is not None:
+            self._check_id("session_id", session_id)
+        return Scope(self._settings.tenant, user_id, session_id)  # type: ignore[arg-type]  # checked
+
+    def _check_id(self, name: str, value: object) -> None:
+        if not isinstance(value, str):
+            raise InvalidInput(f"{name} must be a string, not {type(value).__name__}")
+        if not value:
+            raise InvalidInput(f"{name} is empty")
+        _check_text(name, value)
+        limit = self._settings.max_id_bytes
+        if len(value) > limit or len(value.encode()) > limit:
+            raise InvalidInput(f"{name} is longer than {limit:,} bytes")
+
+    def _filters(self, filters: Filters | None, known: tuple[str, ...]) -> Filters:
+        if filters is None:
+            return {}
+        if not isinstance(filters, Mapping):
+            raise InvalidInput(f"filters must be a dictionary, not {type(filters).__name__}")
+        for name in filters:
+            if name not in known:
+                raise InvalidInput(
+                    f"unknown filter {name!r}; the filters here are {', '.join(known)}"
+                )
+        return {name: value for name, value in filters.items() if value is not None}
+
+    def _count(self, given: Filters, name: str, default: int, *, limited: bool = True) -> int:
+        value = given.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidInput(f"{name} must be a whole number, not {value!r}")
+        if value < 1:
+            raise InvalidInput(f"{name} must be at least 1, not {value}")
+        limit = self._settings.max_page_size if limited else 2**40
+        if value > limit:
+            raise InvalidInput(f"{name} must be at most {limit:,}, not {value:,}")
+        return value
+
+
+def _check_text(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{name} is not valid Unicode text: {error.reason}") from None

@@ -1,0 +1,360 @@
+"""The way to the workers and back: Celery messages out, Celery results in.
+
+The only module of the client that touches Celery and kombu. They are used for what they define -
+the task message, whose headers Celery itself builds - and not for I/O, which is blocking in both:
+messages are pushed by asyncio redis, in the same script that enters the batch in the ledger where
+both live on one Redis.
+
+Results come on one pub/sub channel per client, from the worker's result backend, and always lie in
+the result backend as well. Pub/sub forgets what it could not deliver, so batches that stay
+unanswered are looked up there from time to time, and all of them after a reconnect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import orjson
+from celery import Celery
+from redis import exceptions as redis_exceptions
+
+from recallq.clock import FleetClock
+from recallq.contract import (
+    AnyJob,
+    Batch,
+    BatchResult,
+    JobRef,
+    JobState,
+    Lane,
+    Operation,
+    Outcome,
+)
+from recallq.errors import ClientClosed, InternalError, to_wire
+from recallq.keys import Keys
+from recallq.ledger import LedgerEntry, ProducerLedger
+from recallq.redis_client import RedisClient, connect, translating
+from recallq.settings import ClientSettings
+from recallq.workers import WorkerInfo, WorkerRegistry
+
+log = logging.getLogger(__name__)
+
+_FIRST_LOOK_UP = 0.5
+"""Seconds after which a result is first looked up rather than waited for."""
+_LOOK_UP_CHUNK = 200
+_RECALIBRATE = 300.0
+
+
+class CeleryEnvelope:
+    """Writes the JSON that kombu's Redis transport expects on a queue.
+
+    Celery builds the headers and embedded options once per task; only ids differ between messages.
+    Arguments are hidden from the headers: their repr would put the users' text there.
+    """
+
+    def __init__(self, client_id: str) -> None:
+        app = Celery(set_as_current=False)
+        self._templates: dict[Operation, tuple[dict[str, Any], Any]] = {}
+        for operation in Operation:
+            message = app.amqp.as_task_v2(
+                "", operation.task_name, args=("",), argsrepr="-", kwargsrepr="-",
+                origin=f"recallq@{client_id}",
+            )  # fmt: skip
+            self._templates[operation] = (message.headers, message.body[2])
+        self._client_id = client_id
+
+    def wrap(self, task_id: str, operation: Operation, payload: str, queue: str) -> bytes:
+        """The queue entry of one task whose only argument is `payload`."""
+        headers, embedded = self._templates[operation]
+        return orjson.dumps(
+            {
+                "body": orjson.dumps([[payload], {}, embedded]).decode(),
+                "content-encoding": "utf-8",
+                "content-type": "application/json",
+                "headers": {**headers, "id": task_id, "root_id": task_id},
+                "properties": {
+                    "correlation_id": task_id,
+                    "reply_to": self._client_id,
+                    "delivery_mode": 2,
+                    "delivery_info": {"exchange": "", "routing_key": queue},
+                    "priority": 0,
+                    # kombu's default is base64, a third larger and unreadable in redis-cli.
+                    "body_encoding": "utf-8",
+                    "delivery_tag": str(uuid.uuid4()),
+                },
+            }
+        )
+
+
+@dataclass(slots=True)
+class _Expected:
+    """A batch of this client some of whose jobs are waited for."""
+
+    waiters: list[tuple[int, asyncio.Future[Outcome]]] = field(default_factory=list)
+    next_look_up: float = 0.0
+    interval: float = _FIRST_LOOK_UP
+
+
+class Transport:
+    """Publishes batches and resolves the futures of those who wait for them."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self.client_id = secrets.token_hex(8)
+        self.clock = FleetClock()
+        self.keys = Keys(settings.namespace)
+        self._settings = settings
+        self._envelope = CeleryEnvelope(self.client_id)
+        self._sequence = 0
+        self._expected: dict[str, _Expected] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._clients: dict[str, RedisClient] = {}
+        self._look_up_all = False
+
+    async def start(self) -> None:
+        """Connects and calibrates the clock. Raises `ServiceUnavailable`."""
+        settings = self._settings
+        for url in {settings.coordination_url, settings.broker_url, settings.result_url}:
+            self._clients[url] = connect(url, connect_timeout=settings.connect_timeout)
+        self._coordination = self._clients[settings.coordination_url]
+        self._broker = self._clients[settings.broker_url]
+        self._results = self._clients[settings.result_url]
+        self._one_step = settings.broker_url == settings.coordination_url
+        self.ledger = ProducerLedger(self._coordination, self.keys, settings.high_water_mark)
+        try:
+            for url, client in self._clients.items():
+                with translating(url, "cannot start"):
+                    await client.ping()
+            with translating(settings.coordination_url, "cannot read the time"):
+                await self.clock.calibrate(self._coordination)
+        except BaseException:
+            await self._disconnect()
+            raise
+        subscribed = asyncio.Event()
+        self._tasks = [
+            asyncio.create_task(self._receive(subscribed), name="recallq-receive"),
+            asyncio.create_task(self._look_up_late_results(), name="recallq-look-up"),
+            asyncio.create_task(self._keep_time(), name="recallq-clock"),
+        ]
+        # Not fatal: what is published before the subscription stands is found by looking it up.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.connect_timeout):
+                await subscribed.wait()
+
+    async def stop(self) -> None:
+        """Ends the background tasks, disconnects, and fails whoever still waits."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        for expected in self._expected.values():
+            for _, waiter in expected.waiters:
+                if not waiter.done():
+                    waiter.set_exception(ClientClosed("the client was stopped"))
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        for client in self._clients.values():
+            await client.aclose(close_connection_pool=True)
+        self._clients = {}
+
+    # --- out ------------------------------------------------------------------------------------
+
+    def next_batch_id(self) -> str:
+        self._sequence += 1
+        return f"{self.client_id}-{self._sequence:x}"
+
+    async def publish(self, batch: Batch[AnyJob], payload: str) -> None:
+        """Accepts `batch`: afterwards it is in the ledger and on its queue.
+
+        Raises `QueueFull` and `ServiceUnavailable`. After the latter it is unknown whether the
+        batch was accepted, as always when a connection breaks at the wrong moment.
+        """
+        queue = batch.lane.queue(self.keys.namespace)
+        message = self._envelope.wrap(batch.id, batch.operation, payload, queue)
+        with translating(self._settings.coordination_url, "cannot enqueue"):
+            await self.ledger.enter(batch, message, enqueue=self._one_step)
+        if not self._one_step:
+            with translating(self._settings.broker_url, "cannot enqueue"):
+                await self._broker.lpush(queue, message)
+
+    # --- back -----------------------------------------------------------------------------------
+
+    def expect(self, batch_id: str, index: int, outcome: asyncio.Future[Outcome]) -> None:
+        """Resolves `outcome` when job `index` of a batch of this client settles.
+
+        To be called before the batch is published, or before its result is looked up. The future
+        is dropped as soon as it is done, by a result or by cancellation.
+        """
+        expected = self._expected.get(batch_id)
+        if expected is None:
+            expected = self._expected[batch_id] = _Expected(
+                next_look_up=time.monotonic() + _FIRST_LOOK_UP
+            )
+        expected.waiters.append((index, outcome))
+        outcome.add_done_callback(lambda _: self._forget_done(batch_id))
+
+    def _forget_done(self, batch_id: str) -> None:
+        expected = self._expected.get(batch_id)
+        if expected is not None:
+            expected.waiters = [each for each in expected.waiters if not each[1].done()]
+            if not expected.waiters:
+                del self._expected[batch_id]
+
+    def listen(self, ref: JobRef) -> asyncio.Future[Outcome]:
+        """A future for a job's outcome; for another client's job one that never comes true."""
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        if ref.client_id == self.client_id:
+            self.expect(ref.batch_id, ref.index, outcome)
+        return outcome
+
+    async def cancel(self, ref: JobRef) -> bool:
+        """Cancels a job whose batch no worker has begun; says whether it did."""
+        with translating(self._settings.coordination_url, "cannot cancel the job"):
+            return await self.ledger.cancel(ref.batch_id, ref.index)
+
+    async def workers(self) -> list[WorkerInfo]:
+        """The workers that have given a sign of life of late."""
+        with translating(self._settings.coordination_url, "cannot look for workers"):
+            return await WorkerRegistry(self._coordination, self.keys).alive()
+
+    async def outstanding(self) -> dict[Lane, int]:
+        """Jobs of each lane that are accepted and not settled."""
+        with translating(self._settings.coordination_url, "cannot count the jobs"):
+            return await self.ledger.outstanding()
+
+    async def dead_letters(self) -> int:
+        """How many dead letters are kept."""
+        with translating(self._settings.coordination_url, "cannot count the dead letters"):
+            return int(await self._coordination.zcard(self.keys.dead))
+
+    async def fetch(self, ref: JobRef) -> Outcome | LedgerEntry | None:
+        """What is known of a job: its outcome, its place in the ledger, or nothing."""
+        outcome = await self._stored_outcome(ref)
+        if outcome is not None:
+            return outcome
+        with translating(self._settings.coordination_url, "cannot look up the job"):
+            entry = await self.ledger.look_up(ref.batch_id, ref.index)
+        if entry is not None:
+            return entry if ref.index < entry.jobs else None
+        # Its result may have been stored, and its ledger entry removed, between the two reads.
+        return await self._stored_outcome(ref)
+
+    async def _stored_outcome(self, ref: JobRef) -> Outcome | None:
+        with translating(self._settings.result_url, "cannot look up the job"):
+            stored = await self._results.get(self.keys.result(ref.batch_id))
+        if stored is None:
+            return None
+        return _outcome_of(_read_result(cast("bytes", stored)), ref.index)
+
+    async def _receive(self, subscribed: asyncio.Event) -> None:
+        """Listens on this client's channel, for ever; a lost connection is made anew."""
+        channel = self.keys.reply_channel(self.client_id)
+        delay = 0.05
+        while True:
+            # Its own connection: pub/sub takes one over, and waits without a timeout.
+            redis = connect(
+                self._settings.result_url,
+                max_connections=2,
+                connect_timeout=self._settings.connect_timeout,
+                command_timeout=None,
+                retries=0,
+            )
+            try:
+                async with redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe(channel)
+                    self._look_up_all = subscribed.is_set()
+                    subscribed.set()
+                    delay = 0.05
+                    while True:
+                        message = await pubsub.get_message(timeout=5.0)
+                        if message is not None and message["type"] == "message":
+                            self._on_reply(message["data"])
+            except (redis_exceptions.RedisError, OSError) as error:
+                log.warning("lost the result channel (%s); reconnecting", type(error).__name__)
+            finally:
+                await redis.aclose(close_connection_pool=True)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 1.0)
+
+    def _on_reply(self, data: bytes) -> None:
+        batch_id, _, stored = data.partition(b"\n")
+        expected = self._expected.get(batch_id.decode())
+        if expected is not None:  # else nobody waits: submitted and forgotten
+            self._resolve(expected, stored)
+
+    def _resolve(self, expected: _Expected, stored: bytes) -> None:
+        try:
+            result = _read_result(stored)
+        except ValueError:
+            log.exception("unreadable result")
+            result = _defect("the worker's result could not be read")
+        for index, waiter in expected.waiters:
+            outcome = _outcome_of(result, index)
+            if outcome is not None and not waiter.done():
+                waiter.set_result(outcome)
+
+    async def _look_up_late_results(self) -> None:
+        """Finds results whose announcement was missed. Late ones are asked for ever more rarely."""
+        while True:
+            await asyncio.sleep(_FIRST_LOOK_UP / 2)
+            now = time.monotonic()
+            everything, self._look_up_all = self._look_up_all, False
+            late = [
+                batch_id
+                for batch_id, expected in self._expected.items()
+                if everything or expected.next_look_up <= now
+            ]
+            try:
+                for start in range(0, len(late), _LOOK_UP_CHUNK):
+                    await self._look_up(late[start : start + _LOOK_UP_CHUNK])
+            except (redis_exceptions.RedisError, OSError) as error:
+                self._look_up_all = self._look_up_all or everything
+                log.debug("cannot look up results yet: %s", type(error).__name__)
+
+    async def _look_up(self, batch_ids: list[str]) -> None:
+        found = await self._results.mget([self.keys.result(batch_id) for batch_id in batch_ids])
+        now = time.monotonic()
+        for batch_id, stored in zip(batch_ids, found, strict=True):
+            expected = self._expected.get(batch_id)
+            if expected is None:
+                continue
+            expected.interval = min(expected.interval * 1.5, 5.0)
+            expected.next_look_up = now + expected.interval
+            if stored is not None:
+                self._resolve(expected, cast("bytes", stored))
+
+    async def _keep_time(self) -> None:
+        while True:
+            await asyncio.sleep(_RECALIBRATE)
+            with contextlib.suppress(redis_exceptions.RedisError, OSError):
+                await self.clock.calibrate(self._coordination)
+
+
+def _read_result(stored: bytes) -> BatchResult:
+    """The batch result inside what Celery's backend stored. Raises ValueError."""
+    meta = orjson.loads(stored)
+    if meta["status"] == "FAILURE":
+        problem = meta.get("result") or {}
+        kind = problem.get("exc_type", "an error") if isinstance(problem, dict) else "an error"
+        return _defect(f"the worker failed on the whole batch: {kind}; see its log")
+    return BatchResult.model_validate(meta["result"])
+
+
+def _outcome_of(result: BatchResult, index: int) -> Outcome | None:
+    """The outcome of job `index`; None while it is pending."""
+    if result.error is not None:
+        return Outcome(state=JobState.FAILED, error=result.error)
+    outcome = result.outcomes[index] if index < len(result.outcomes) else None
+    if outcome is not None:
+        outcome.operation = result.operation
+    return outcome
+
+
+def _defect(message: str) -> BatchResult:
+    return BatchResult(error=to_wire(InternalError(message)))

@@ -1,0 +1,139 @@
+"""What several kinds of tests need: real worker processes, and waiting for conditions."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+PLUGINS = Path(__file__).parent / "plugins"
+"""On a worker's path, this holds the backends that exist for tests."""
+
+READY = "recallq worker ready"
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """The environment without RecallQ's settings, and with `variables`."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RECALLQ_", "MEMORY_"))
+    }
+    return {**environment, **variables}
+
+
+class Worker:
+    """A real worker process. ``with Worker(url, namespace=..., backend="redis"):``"""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str = "recallq",
+        backend: str = "redis",
+        lanes: str = "live,bulk,slow",
+        **settings: str | int | float,
+    ) -> None:
+        self.url = url
+        self.namespace = namespace
+        self.backend = backend
+        self._lanes = lanes
+        self._environment = clean_environment(
+            RECALLQ_REDIS_URL=url,
+            RECALLQ_NAMESPACE=namespace,
+            RECALLQ_BACKEND=backend,
+            PYTHONPATH=os.pathsep.join([str(PLUGINS), os.environ.get("PYTHONPATH", "")]),
+            **{f"RECALLQ_{name.upper()}": str(value) for name, value in settings.items()},
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed in stop()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    def launch(self) -> None:
+        """Starts the process without waiting."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "recallq_worker", "worker", "--lanes", self._lanes],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=self._environment,
+        )
+
+    def start(self, timeout: float = 30.0) -> None:
+        """Starts the process and waits until it takes jobs."""
+        before = self.output.count(READY)
+        self.launch()
+        deadline = time.monotonic() + timeout
+        while self.output.count(READY) == before:
+            if not self.is_alive() or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(f"the worker did not start:\n{self.output}")
+            time.sleep(0.02)
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float = 30.0) -> int:
+        """The exit code."""
+        assert self._process is not None
+        return self._process.wait(timeout)
+
+    def kill(self) -> None:
+        """SIGKILL, as the kernel does when memory runs out."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL if that does not help."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+        self._log.close()
+
+
+async def eventually(
+    condition: Callable[[], Awaitable[bool]], timeout: float = 10.0, every: float = 0.02
+) -> None:
+    """Waits until `condition` holds; fails if it does not in time."""
+    deadline = time.monotonic() + timeout
+    while not await condition():
+        assert time.monotonic() < deadline, f"still not so after {timeout} s: {condition}"
+        await asyncio.sleep(every)

@@ -1,0 +1,169 @@
+"""The Celery app: its configuration, and the start and stop of a worker process.
+
+``celery -A recallq_worker worker -Q recallq.live`` and ``recallq worker`` run the same app; the
+latter only chooses good flags. Where a setting differs from Celery's default, the reason stands
+next to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from celery import Celery, bootsteps
+from celery.signals import worker_process_init, worker_process_shutdown, worker_ready
+from kombu.entity import Exchange, Queue
+
+from recallq.contract import Lane
+from recallq.errors import RecallQError
+from recallq_worker import runtime, tasks
+from recallq_worker import settings as worker_settings
+from recallq_worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+READY_PROMPT = "recallq worker ready"
+
+
+def make_app(settings: WorkerSettings) -> Celery:
+    """The app for one set of settings. Connects to nothing."""
+    app = Celery("recallq_worker", set_as_current=True)
+    app.conf.update(configuration(settings))
+    tasks.register(app)
+    app.steps["worker"].add(RuntimeStep)
+    return app
+
+
+def configuration(settings: WorkerSettings) -> dict[str, Any]:
+    """Celery's configuration."""
+    namespace = settings.namespace
+    return {
+        "broker_url": celery_url(settings.broker_url),
+        "result_backend": "recallq_worker.results:ResultBackend+"
+        + celery_url(settings.result_url).removeprefix("redis+"),
+        "result_backend_transport_options": {"global_keyprefix": f"{namespace}:"},
+        # Only JSON crosses the wire.
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        # A message is given up only when its batch is settled.
+        "task_acks_late": True,
+        "task_acks_on_failure_or_timeout": True,
+        "worker_prefetch_multiplier": 1,
+        "result_expires": settings.result_expires,
+        "result_backend_always_retry": True,
+        "redis_max_connections": settings.concurrency + 16,
+        "redis_socket_timeout": 30.0,
+        "redis_retry_on_timeout": True,
+        # Threads only wait for the process's loop; more processes would be more backends.
+        "worker_pool": "threads",
+        "worker_concurrency": settings.concurrency,
+        "worker_enable_prefetch_count_reduction": True,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_pool_limit": 4,
+        "task_queues": [_queue(lane.queue(namespace)) for lane in Lane],
+        "task_default_queue": Lane.LIVE.queue(namespace),
+        "task_create_missing_queues": False,
+        "broker_transport_options": {
+            "visibility_timeout": settings.visibility_timeout,
+            # One Redis list per queue instead of four: BRPOP reads them all.
+            "priority_steps": [0],
+            # Kombu's defaults are shared by all apps on a Redis; the shortest timeout would win.
+            "unacked_key": f"{namespace}:unacked",
+            "unacked_index_key": f"{namespace}:unacked_index",
+            "unacked_mutex_key": f"{namespace}:unacked_mutex",
+            "unacked_restore_interval": 5,
+            "unacked_restore_throttle": 1,
+            "socket_connect_timeout": settings.connect_timeout,
+            "socket_keepalive": True,
+            "health_check_interval": 30,
+        },
+        "worker_send_task_events": False,
+        # The ready line is for supervisors and people, not for the log.
+        "worker_redirect_stdouts": False,
+        "worker_proc_alive_timeout": 60.0,
+    }
+
+
+def _queue(name: str) -> Queue:
+    """A queue on the default exchange, where a message's routing key is its queue's name."""
+    return Queue(name, Exchange(""), routing_key=name)  # type: ignore[no-untyped-call]
+
+
+def celery_url(url: str) -> str:
+    """A Redis URL as kombu and Celery spell it; they know Unix sockets by another scheme."""
+    if not url.startswith("unix://"):
+        return url
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    query["virtual_host"] = query.pop("db", "0")
+    return f"redis+socket://{parts.netloc}{parts.path}?{urlencode(query)}"
+
+
+class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no annotations
+    """Opens the process's runtime before the first message is taken, closes it after the last."""
+
+    def start(self, worker: Any) -> None:
+        if _forks(worker):
+            return  # each child opens its own
+        try:
+            _open(worker.app)
+        except RecallQError as error:
+            print(f"recallq worker: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from error
+
+    def stop(self, worker: Any) -> None:
+        runtime.stop()
+
+    terminate = stop
+
+
+def _open(celery: Celery) -> None:
+    settings = worker_settings.current()
+    queues = {lane.queue(settings.namespace): lane for lane in Lane}
+    consumed = [queues[name] for name in celery.amqp.queues.consume_from if name in queues]
+    runtime.start(settings, lanes=consumed, on_lost=_give_up)
+
+
+def _forks(worker: Any) -> bool:
+    return "prefork" in worker.pool_cls.__module__
+
+
+def _give_up(reason: str) -> None:
+    """Stops this process as a supervisor would, finishing what it holds."""
+    log.critical("stopping: %s", reason)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]
+def _open_in_child(**_: Any) -> None:
+    try:
+        _open(app)
+    except RecallQError as error:
+        print(f"recallq worker: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+@worker_process_shutdown.connect  # type: ignore[untyped-decorator]
+def _close_in_child(**_: Any) -> None:
+    runtime.stop()
+
+
+@worker_ready.connect  # type: ignore[untyped-decorator]
+def _announce(**_: Any) -> None:
+    settings = worker_settings.current()
+    queues = ", ".join(sorted(app.amqp.queues.consume_from))
+    print(
+        f"{READY_PROMPT}: backend {settings.backend}, queues {queues}, "
+        f"{settings.concurrency} batches at once",
+        flush=True,
+    )
+
+
+app = make_app(worker_settings.current())

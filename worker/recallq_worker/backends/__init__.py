@@ -1,0 +1,1 @@
+"""Memory backends: what keeps, finds and forgets messages. None of them knows of Celery."""

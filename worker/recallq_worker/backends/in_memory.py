@@ -1,0 +1,135 @@
+"""Memories in the memory of one worker process: for trying RecallQ out and for tests.
+
+Everything is gone when the worker stops, and a second worker is refused, because it would answer
+from a memory of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+from recallq.contract import Health, Scope
+from recallq_worker.backends.base import Hit, Record
+from recallq_worker.ranking import Ranking, chunks
+from recallq_worker.settings import WorkerSettings
+
+_SEARCH_CHUNK = 500
+
+_Place = tuple[int, str]
+"""(order key, record id): where a record stands among the others."""
+
+
+@dataclass(slots=True)
+class _User:
+    records: dict[str, Record] = field(default_factory=dict)
+    everything: list[_Place] = field(default_factory=list)
+    sessions: dict[str, list[_Place]] = field(default_factory=dict)
+    fence: int = 0
+    session_fences: dict[str, int] = field(default_factory=dict)
+
+    def places(self, session_id: str | None) -> list[_Place]:
+        if session_id is None:
+            return self.everything
+        return self.sessions.get(session_id, [])
+
+    def fenced(self, session_id: str, epoch: int) -> bool:
+        return epoch < max(self.fence, self.session_fences.get(session_id, 0))
+
+    def remove(self, session_id: str, gone: set[_Place]) -> None:
+        self.everything = [place for place in self.everything if place not in gone]
+        left = [place for place in self.sessions[session_id] if place not in gone]
+        if left:
+            self.sessions[session_id] = left
+        else:
+            del self.sessions[session_id]
+        for _, record_id in gone:
+            del self.records[record_id]
+
+
+class InMemoryStore:
+    """A `MemoryStore` in plain dictionaries. No method awaits in the middle of a change."""
+
+    name: ClassVar[str] = "in_memory"
+    single_process: ClassVar[bool] = True
+
+    def __init__(self, max_messages_per_session: int | None = None) -> None:
+        self._max_messages = max_messages_per_session
+        self._users: dict[tuple[str, str], _User] = {}
+
+    @classmethod
+    def from_settings(cls, settings: WorkerSettings) -> Self:
+        return cls(settings.max_messages_per_session)
+
+    async def start(self) -> None:
+        """Nothing to connect to."""
+
+    async def stop(self) -> None:
+        self._users.clear()
+
+    async def add(self, records: Sequence[Record]) -> list[bool]:
+        return [self._add(record) for record in records]
+
+    def _add(self, record: Record) -> bool:
+        scope = record.scope
+        session_id = scope.session_id or ""
+        user = self._users.setdefault((scope.tenant, scope.user_id), _User())
+        if record.record_id in user.records or user.fenced(session_id, record.epoch):
+            return False
+        place = (record.order, record.record_id)
+        user.records[record.record_id] = record
+        insort(user.everything, place)
+        session = user.sessions.setdefault(session_id, [])
+        insort(session, place)
+        if self._max_messages is not None and len(session) > self._max_messages:
+            user.remove(session_id, set(session[: -self._max_messages]))
+        return True
+
+    async def search(
+        self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
+    ) -> list[Hit]:
+        ranking = Ranking(query, top_k=top_k, score_threshold=score_threshold)
+        user = self._users.get((scope.tenant, scope.user_id), _User())
+        candidates = [user.records[record_id] for _, record_id in user.places(scope.session_id)]
+        for portion in chunks(candidates, _SEARCH_CHUNK):
+            ranking.consider(portion)
+            await asyncio.sleep(0)
+        return ranking.best()
+
+    async def list(self, scope: Scope, *, offset: int, limit: int) -> list[Record]:
+        user = self._users.get((scope.tenant, scope.user_id), _User())
+        places = user.places(scope.session_id)[offset : offset + limit]
+        return [user.records[record_id] for _, record_id in places]
+
+    async def delete(self, scope: Scope, *, before_epoch: int) -> int:
+        # The user's entry stays even when it is empty: it holds the fence against late adds.
+        user = self._users.setdefault((scope.tenant, scope.user_id), _User())
+        if scope.session_id is None:
+            user.fence = max(user.fence, before_epoch)
+            user.session_fences = {
+                session: fence
+                for session, fence in user.session_fences.items()
+                if fence > user.fence
+            }
+            sessions = list(user.sessions)
+        else:
+            fence = user.session_fences.get(scope.session_id, 0)
+            user.session_fences[scope.session_id] = max(fence, before_epoch)
+            sessions = [scope.session_id] if scope.session_id in user.sessions else []
+        removed = 0
+        for session_id in sessions:
+            gone = {
+                place
+                for place in user.sessions[session_id]
+                if user.records[place[1]].epoch < before_epoch
+            }
+            if gone:
+                user.remove(session_id, gone)
+                removed += len(gone)
+        return removed
+
+    async def health(self) -> Health:
+        return Health(ok=True, backend=self.name, detail=f"{len(self._users):,} users")

@@ -1,0 +1,241 @@
+"""One event loop and one open backend per worker process.
+
+Celery's pool threads run no asyncio code of their own: they hand coroutines to the loop that lives
+here, in a thread of its own, from the start of the process to its end. It is made after fork, so
+that no connection or lock is shared between processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from redis import exceptions as redis_exceptions
+
+from recallq.clock import FleetClock
+from recallq.contract import Lane
+from recallq.errors import ConfigurationError, MissingExtra, RecallQError, ServiceUnavailable
+from recallq.keys import Keys
+from recallq.redis_client import RedisClient, connect, translating
+from recallq.workers import SIGN_OF_LIFE_EVERY, WorkerInfo, WorkerRegistry
+from recallq_worker.backends import registry
+from recallq_worker.backends.base import MemoryStore
+from recallq_worker.dead_letters import DeadLetters
+from recallq_worker.ledger import WorkerLedger
+from recallq_worker.service import MemoryService
+from recallq_worker.settings import WorkerSettings
+from recallq_worker.single_process import RENEW_EVERY, OwnerLease
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Services:
+    """What a running process works with; used on its loop only."""
+
+    store: MemoryStore
+    memory: MemoryService
+    ledger: WorkerLedger
+    dead_letters: DeadLetters
+    clock: FleetClock
+
+
+class Runtime:
+    """The loop, the backend and the coordination of one process."""
+
+    def __init__(
+        self, settings: WorkerSettings, *, lanes: list[Lane], on_lost: Callable[[str], None]
+    ) -> None:
+        """`on_lost` is called with a reason when the process must not go on working."""
+        self.settings = settings
+        self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.services: Services
+        self._lanes = lanes
+        self._on_lost = on_lost
+        self._keys = Keys(settings.namespace)
+        self._clients: dict[str, RedisClient] = {}
+        self._lease: OwnerLease | None = None
+        self._background: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = threading.Thread(target=self._serve, name="recallq-loop", daemon=True)
+        self._serving = threading.Event()
+
+    def start(self) -> None:
+        """Starts the loop and opens everything. Raises `ConfigurationError` or
+        `ServiceUnavailable`, with nothing left open."""
+        self._thread.start()
+        self._serving.wait()
+        try:
+            self.submit(self._open()).result()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Closes everything and ends the loop."""
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self.submit(self._close()).result(timeout=15)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=15)
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Runs a coroutine on the loop; to be called from other threads."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _serve(self) -> None:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            self._loop = runner.get_loop()
+            self._loop.call_soon(self._serving.set)
+            self._loop.run_forever()
+
+    # --- on the loop ----------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        settings = self.settings
+        backend = registry.load(settings.backend)
+        for url in {settings.coordination_url, settings.result_url}:
+            client = self._clients[url] = connect(
+                url, max_connections=64, connect_timeout=settings.connect_timeout
+            )
+            with translating(url, "cannot start the worker"):
+                await client.ping()
+        coordination = self._clients[settings.coordination_url]
+        clock = FleetClock()
+        with translating(settings.coordination_url, "cannot read the time"):
+            await clock.calibrate(coordination)
+        if backend.single_process:
+            lease = OwnerLease(
+                coordination,
+                self._keys.backend_owner(backend.name),
+                backend.name,
+                self.worker_id,
+            )
+            with translating(settings.coordination_url, "cannot take the backend's lease"):
+                await lease.acquire()
+            self._lease = lease
+        store = backend.from_settings(settings)
+        self.services = Services(
+            store=store,
+            memory=MemoryService(
+                store,
+                now=clock.now,
+                job_timeout=settings.job_timeout,
+                parallel_jobs=settings.parallel_jobs,
+            ),
+            ledger=WorkerLedger(coordination, self._clients[settings.result_url], self._keys),
+            dead_letters=DeadLetters(coordination, self._keys),
+            clock=clock,
+        )
+        try:
+            await store.start()
+        except RecallQError as error:
+            raise ServiceUnavailable(f"backend {backend.name} does not start: {error}") from error
+        self._background.append(
+            asyncio.create_task(self._sign(WorkerRegistry(coordination, self._keys)))
+        )
+        if self._lease is not None:
+            self._background.append(asyncio.create_task(self._hold(self._lease)))
+
+    async def _close(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        with contextlib.suppress(redis_exceptions.RedisError, OSError):
+            coordination = self._clients.get(self.settings.coordination_url)
+            if coordination is not None and self._background:
+                await WorkerRegistry(coordination, self._keys).sign_off(self.worker_id)
+            if self._lease is not None:
+                await self._lease.release()
+        services = getattr(self, "services", None)
+        if services is not None:
+            await services.store.stop()
+        for client in self._clients.values():
+            await client.aclose(close_connection_pool=True)
+
+    async def _sign(self, workers: WorkerRegistry) -> None:
+        info = WorkerInfo(
+            id=self.worker_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=version("recallq"),
+            backend=self.settings.backend,
+            lanes=self._lanes,
+            concurrency=self.settings.concurrency,
+            started_at=time.time(),
+        )
+        while True:
+            try:
+                await workers.sign(info)
+            except (redis_exceptions.RedisError, OSError) as error:
+                log.warning("cannot give a sign of life: %s", type(error).__name__)
+            await asyncio.sleep(SIGN_OF_LIFE_EVERY)
+
+    async def _hold(self, lease: OwnerLease) -> None:
+        while True:
+            await asyncio.sleep(RENEW_EVERY)
+            try:
+                kept = await lease.renew() or await self._take_again(lease)
+            except (redis_exceptions.RedisError, OSError) as error:
+                log.warning("cannot renew the backend's lease: %s", type(error).__name__)
+                continue
+            if not kept:
+                self._on_lost("another worker has taken over the single-process backend")
+                return
+
+    async def _take_again(self, lease: OwnerLease) -> bool:
+        """After a Redis without persistence was restarted, say: the lease is gone, not taken."""
+        try:
+            await lease.acquire()
+        except ConfigurationError:
+            return False
+        return True
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError as error:
+        raise MissingExtra("the worker", "worker") from error
+    return uvloop.new_event_loop
+
+
+_current: tuple[int, Runtime] | None = None
+
+
+def start(
+    settings: WorkerSettings, *, lanes: list[Lane], on_lost: Callable[[str], None]
+) -> Runtime:
+    """Starts this process's runtime."""
+    global _current  # noqa: PLW0603  # one runtime per process is what this module owns
+    runtime = Runtime(settings, lanes=lanes, on_lost=on_lost)
+    runtime.start()
+    _current = (os.getpid(), runtime)
+    return runtime
+
+
+def current() -> Runtime:
+    """This process's runtime. Raises `ConfigurationError` if none was started in it."""
+    if _current is None or _current[0] != os.getpid():
+        raise ConfigurationError("no runtime was started in this process")
+    return _current[1]
+
+
+def stop() -> None:
+    """Stops this process's runtime, if there is one."""
+    global _current  # noqa: PLW0603  # see start()
+    if _current is not None and _current[0] == os.getpid():
+        _current[1].stop()
+    _current = None

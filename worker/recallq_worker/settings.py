@@ -1,0 +1,72 @@
+"""The worker's settings: everything the client has, and what only workers need."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Self
+
+from pydantic import Field, field_validator
+
+from recallq.reference import ReferenceSettings
+from recallq.settings import ClientSettings
+
+DEFAULT_BACKEND = "redis"
+
+
+class WorkerSettings(ClientSettings):
+    """``RECALLQ_*`` variables; below them the reference's ``MEMORY_*``. Times are in seconds."""
+
+    backend: str = DEFAULT_BACKEND
+    """Name of the memory backend that this worker runs."""
+    concurrency: int = Field(8, ge=1)
+    """Batches that one worker process runs at once."""
+    parallel_jobs: int = Field(100, ge=1)
+    """Jobs of one batch that run at once, where the backend takes them one by one."""
+    job_timeout: float = Field(60.0, gt=0)
+    """Longest run of one job; after it the job fails as BackendUnavailable."""
+    straggler_grace: float = Field(0.05, gt=0)
+    """How long a batch's settled jobs wait for its slow ones before they are answered."""
+    result_expires: int = Field(3600, ge=1)
+    """How long results are kept, and handles know their jobs."""
+    visibility_timeout: int = Field(60, ge=5)
+    """Age at which a message that a vanished worker held goes back to its queue."""
+
+    store_url: str = Field("", repr=False)
+    """The Redis in which the redis backend keeps memories; redis_url by default."""
+    store_ttl: int | None = Field(None, ge=1)
+    """Age at which memories expire. None keeps them for ever."""
+    max_messages_per_session: int | None = Field(None, ge=1)
+    """Only the newest this many of a session are kept. None keeps all."""
+
+    @field_validator("store_url")
+    @classmethod
+    def _store_scheme(cls, url: str) -> str:
+        return cls.check_scheme(url)
+
+    @classmethod
+    def load(cls, **arguments: Any) -> Self:
+        """As `ClientSettings.load`, with the reference's variables as defaults."""
+        own = super().load(**arguments)
+        reference = ReferenceSettings.load()
+        inherited = {
+            "backend": reference.backend,
+            "redis_url": reference.redis_redis_url,
+            "store_ttl": reference.redis_ttl_seconds,
+            "max_messages_per_session": reference.redis_max_messages_per_session,
+            "connect_timeout": reference.redis_socket_connect_timeout,
+        }
+        missing = {
+            name: value
+            for name, value in inherited.items()
+            if value is not None and name not in own.model_fields_set
+        }
+        settings = super().load(**(arguments | missing)) if missing else own
+        if not settings.store_url:
+            settings.store_url = settings.redis_url
+        return settings
+
+
+@lru_cache(maxsize=1)
+def current() -> WorkerSettings:
+    """The settings of this process, read from its environment once."""
+    return WorkerSettings.load()

@@ -1,0 +1,90 @@
+"""The Celery tasks, one per operation: decode, claim, run, answer.
+
+A task's thread only waits: the work is done on the process's loop (`recallq_worker.runtime`). Jobs
+that settle while others of their batch still run are answered early, by storing the batch's result
+as far as it goes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+from typing import Any
+
+from celery import Celery, Task
+from celery.exceptions import Ignore
+
+from recallq.contract import PARTIAL, AnyBatch, BatchResult, Operation, decode_batch
+from recallq.errors import UndecodableJob, to_wire
+from recallq_worker import runtime
+from recallq_worker.ledger import Claim
+from recallq_worker.runtime import Services
+
+log = logging.getLogger(__name__)
+
+_LONGEST_GRACE = 1.0
+
+
+def register(app: Celery) -> None:
+    """Makes the tasks known to `app`."""
+    for operation in Operation:
+        app.task(run_batch, name=operation.task_name, bind=True, typing=False)
+
+
+def run_batch(task: Task, *args: Any, **kwargs: Any) -> BatchResult:
+    """The body of every task."""
+    process = runtime.current()
+    batch_id: str = task.request.id
+    payload = args[0] if len(args) == 1 and not kwargs else None
+    try:
+        batch = decode_batch(payload)
+        if batch.operation.task_name != task.name:
+            raise UndecodableJob(f"a batch of {batch.operation.value} jobs came as {task.name}")
+        if batch.id != batch_id:
+            raise UndecodableJob(f"batch {batch.id} came as task {batch_id}")
+    except UndecodableJob as error:
+        process.submit(_bury(process.services, payload, error)).result()
+        return BatchResult(error=to_wire(error))
+    result = BatchResult()
+    done = process.submit(_work(process.services, process.worker_id, batch, result))
+    answered, grace = 0, process.settings.straggler_grace
+    while True:
+        concurrent.futures.wait([done], timeout=grace)
+        if done.done():
+            if not done.result():
+                raise Ignore  # done and answered before; only the acknowledgement was lost
+            return result
+        settled = sum(outcome is not None for outcome in result.outcomes)
+        if settled > answered:
+            answered = settled
+            task.update_state(state=PARTIAL, meta=result)
+        grace = min(grace * 2, _LONGEST_GRACE)
+
+
+async def _work(services: Services, worker_id: str, batch: AnyBatch, result: BatchResult) -> bool:
+    """Runs a batch; False if it turned out to be done already."""
+    claim = await services.ledger.claim(batch, worker_id)
+    if claim is None:
+        claim = await _claim_unlisted(services, batch)
+        if claim is None:
+            return False
+    await services.memory.run(batch, claim, result)
+    return True
+
+
+async def _claim_unlisted(services: Services, batch: AnyBatch) -> Claim | None:
+    """A batch that is not in the ledger was settled before, or published by plain Celery."""
+    if await services.ledger.has_result(batch.id):
+        log.info("batch %s was answered before; not run again", batch.id)
+        return None
+    return await services.ledger.claim_unlisted(batch)
+
+
+async def _bury(services: Services, payload: object, error: UndecodableJob) -> None:
+    log.error("undecodable message: %s; kept as a dead letter", error)
+    await services.dead_letters.add(
+        kind="undecodable",
+        payload=payload if isinstance(payload, str) else repr(payload),
+        error=str(error),
+        at=services.clock.now(),
+    )
