@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
@@ -73,7 +74,7 @@ async def client(redis_worker: Worker) -> AsyncIterator[MemoryClient]:
             yield memory
 
 
-def no_blocking() -> BlockBuster:
+def no_blocking() -> AbstractContextManager[BlockBuster]:
     """A context in which a blocking call on the event loop raises."""
     return blockbuster_ctx()
 
@@ -91,4 +92,4 @@ def start_worker(redis_url: str, namespace: str) -> Iterator[Callable[..., Worke
 
     yield start
     for worker in started:
-        worker.stop()
+        worker.close()

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from recallq.redis_client import RedisClient, connect
+
 PLUGINS = Path(__file__).parent / "plugins"
 """On a worker's path, this holds the backends that exist for tests."""
 
@@ -40,7 +42,7 @@ class Worker:
         namespace: str = "recallq",
         backend: str = "redis",
         lanes: str = "live,bulk,slow",
-        **settings: str | int | float,
+        **settings: str | float,
     ) -> None:
         self.url = url
         self.namespace = namespace
@@ -115,6 +117,11 @@ class Worker:
             self._process.kill()
             self._process.wait()
 
+    def close(self) -> None:
+        """Stops the worker and forgets its output."""
+        self.stop()
+        self._log.close()
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -125,8 +132,7 @@ class Worker:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop()
-        self._log.close()
+        self.close()
 
 
 async def eventually(
@@ -137,3 +143,8 @@ async def eventually(
     while not await condition():
         assert time.monotonic() < deadline, f"still not so after {timeout} s: {condition}"
         await asyncio.sleep(every)
+
+
+def redis_at(url: str) -> RedisClient:
+    """A client for looking into Redis: ``async with redis_at(url) as redis:``"""
+    return connect(url, max_connections=4)

@@ -1,24 +1,44 @@
 """The single point of control for Redis connections.
 
-Every pool is made here, with limits set on purpose: redis-py's own pool fails beyond 100
-connections instead of waiting, and its default socket timeout breaks longer blocking reads.
-Driver errors become `ServiceUnavailable` here and nowhere else, and no URL is ever shown with its
-credentials.
+Every pool is made here, with limits set on purpose. redis-py's own pool fails beyond 100
+connections instead of waiting. Its socket timeout is left off: with one set, every command passes
+through ``asyncio.wait_for``, which on Python 3.11 swallows a cancellation that comes as the data is
+written (python/cpython#86296), and a call that nobody can cancel never ends. `asking` bounds the
+time instead, and TCP keepalive finds connections whose other end is gone.
+
+Driver errors become `ServiceUnavailable` here and nowhere else in the client, and no URL is ever
+shown with its credentials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeAlias
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from redis import exceptions
+from redis import DriverInfo, exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 
 from recallq.errors import ServiceUnavailable
+
+COMMAND_TIMEOUT = 10.0
+"""Seconds after which an unanswered command counts as a lost connection."""
+
+# Made once: left to itself, redis-py reads its package's metadata from disk for every connection it
+# makes, in the middle of the event loop.
+_DRIVER = DriverInfo()
+
+# A silent peer is asked after 15 s, and given up after three more unanswered questions.
+_KEEPALIVE = {
+    getattr(socket, name): value
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)
+}
 
 RedisClient: TypeAlias = Redis
 """An asyncio client whose replies are bytes, whatever its annotations allow besides."""
@@ -29,25 +49,29 @@ def connect(
     *,
     max_connections: int = 16,
     connect_timeout: float = 5.0,
-    command_timeout: float | None = 10.0,
     retries: int = 3,
 ) -> RedisClient:
     """An asyncio client for `url` (``redis://``, ``rediss://`` or ``unix://``); replies are bytes.
 
     Connections are made on first use, inside the running event loop. Callers beyond
-    `max_connections` wait for a free one. `command_timeout` None is for blocking reads and
-    pub/sub. A command that fails with the connection is repeated up to `retries` times, so only
-    commands that may be repeated belong here; `retries=0` for the others.
+    `max_connections` wait for a free one. A command that fails with the connection is repeated up
+    to `retries` times, so only commands that may be repeated belong here; `retries=0` for the
+    others. Commands have no time limit of their own: see `asking`.
     """
+    options: dict[str, Any] = {}
+    if not url.startswith("unix://"):
+        options = {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=max_connections,
-        timeout=command_timeout,
+        timeout=COMMAND_TIMEOUT,
         socket_connect_timeout=connect_timeout,
-        socket_timeout=command_timeout,
+        socket_timeout=None,
         health_check_interval=30,
+        driver_info=_DRIVER,
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), retries),
         retry_on_error=[exceptions.BusyLoadingError],
+        **options,
     )
     return Redis.from_pool(pool)
 
@@ -63,11 +87,19 @@ def redact(url: str) -> str:
 _SECRET_QUERY = frozenset({"password", "username"})
 
 
-@contextmanager
-def translating(url: str, doing: str) -> Iterator[None]:
-    """Turns redis-py's errors into `ServiceUnavailable`, saying what was being done and where."""
+@asynccontextmanager
+async def asking(url: str, doing: str, timeout: float = COMMAND_TIMEOUT) -> AsyncIterator[None]:
+    """Bounds commands in time, and turns redis-py's errors into `ServiceUnavailable`.
+
+    The error says what was being done, and where.
+    """
     try:
-        yield
+        async with asyncio.timeout(timeout):
+            yield
+    except TimeoutError as error:
+        raise ServiceUnavailable(
+            f"{doing}: Redis at {redact(url)} did not answer within {timeout:g} s"
+        ) from error
     except exceptions.AuthenticationError as error:
         raise ServiceUnavailable(
             f"{doing}: Redis at {redact(url)} refused the credentials; check the user and password"

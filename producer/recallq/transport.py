@@ -39,7 +39,7 @@ from recallq.contract import (
 from recallq.errors import ClientClosed, InternalError, to_wire
 from recallq.keys import Keys
 from recallq.ledger import LedgerEntry, ProducerLedger
-from recallq.redis_client import RedisClient, connect, translating
+from recallq.redis_client import COMMAND_TIMEOUT, RedisClient, asking, connect
 from recallq.settings import ClientSettings
 from recallq.workers import WorkerInfo, WorkerRegistry
 
@@ -128,9 +128,9 @@ class Transport:
         self.ledger = ProducerLedger(self._coordination, self.keys, settings.high_water_mark)
         try:
             for url, client in self._clients.items():
-                with translating(url, "cannot start"):
+                async with asking(url, "cannot start"):
                     await client.ping()
-            with translating(settings.coordination_url, "cannot read the time"):
+            async with asking(settings.coordination_url, "cannot read the time"):
                 await self.clock.calibrate(self._coordination)
         except BaseException:
             await self._disconnect()
@@ -177,10 +177,10 @@ class Transport:
         """
         queue = batch.lane.queue(self.keys.namespace)
         message = self._envelope.wrap(batch.id, batch.operation, payload, queue)
-        with translating(self._settings.coordination_url, "cannot enqueue"):
+        async with asking(self._settings.coordination_url, "cannot enqueue"):
             await self.ledger.enter(batch, message, enqueue=self._one_step)
         if not self._one_step:
-            with translating(self._settings.broker_url, "cannot enqueue"):
+            async with asking(self._settings.broker_url, "cannot enqueue"):
                 await self._broker.lpush(queue, message)
 
     # --- back -----------------------------------------------------------------------------------
@@ -199,6 +199,11 @@ class Transport:
         expected.waiters.append((index, outcome))
         outcome.add_done_callback(lambda _: self._forget_done(batch_id))
 
+    @property
+    def waiting(self) -> int:
+        """How many jobs somebody waits for."""
+        return sum(len(expected.waiters) for expected in self._expected.values())
+
     def _forget_done(self, batch_id: str) -> None:
         expected = self._expected.get(batch_id)
         if expected is not None:
@@ -215,22 +220,22 @@ class Transport:
 
     async def cancel(self, ref: JobRef) -> bool:
         """Cancels a job whose batch no worker has begun; says whether it did."""
-        with translating(self._settings.coordination_url, "cannot cancel the job"):
+        async with asking(self._settings.coordination_url, "cannot cancel the job"):
             return await self.ledger.cancel(ref.batch_id, ref.index)
 
     async def workers(self) -> list[WorkerInfo]:
         """The workers that have given a sign of life of late."""
-        with translating(self._settings.coordination_url, "cannot look for workers"):
+        async with asking(self._settings.coordination_url, "cannot look for workers"):
             return await WorkerRegistry(self._coordination, self.keys).alive()
 
     async def outstanding(self) -> dict[Lane, int]:
         """Jobs of each lane that are accepted and not settled."""
-        with translating(self._settings.coordination_url, "cannot count the jobs"):
+        async with asking(self._settings.coordination_url, "cannot count the jobs"):
             return await self.ledger.outstanding()
 
     async def dead_letters(self) -> int:
         """How many dead letters are kept."""
-        with translating(self._settings.coordination_url, "cannot count the dead letters"):
+        async with asking(self._settings.coordination_url, "cannot count the dead letters"):
             return int(await self._coordination.zcard(self.keys.dead))
 
     async def fetch(self, ref: JobRef) -> Outcome | LedgerEntry | None:
@@ -238,7 +243,7 @@ class Transport:
         outcome = await self._stored_outcome(ref)
         if outcome is not None:
             return outcome
-        with translating(self._settings.coordination_url, "cannot look up the job"):
+        async with asking(self._settings.coordination_url, "cannot look up the job"):
             entry = await self.ledger.look_up(ref.batch_id, ref.index)
         if entry is not None:
             return entry if ref.index < entry.jobs else None
@@ -246,7 +251,7 @@ class Transport:
         return await self._stored_outcome(ref)
 
     async def _stored_outcome(self, ref: JobRef) -> Outcome | None:
-        with translating(self._settings.result_url, "cannot look up the job"):
+        async with asking(self._settings.result_url, "cannot look up the job"):
             stored = await self._results.get(self.keys.result(ref.batch_id))
         if stored is None:
             return None
@@ -257,17 +262,17 @@ class Transport:
         channel = self.keys.reply_channel(self.client_id)
         delay = 0.05
         while True:
-            # Its own connection: pub/sub takes one over, and waits without a timeout.
+            # Its own connection, which pub/sub takes over.
             redis = connect(
                 self._settings.result_url,
                 max_connections=2,
                 connect_timeout=self._settings.connect_timeout,
-                command_timeout=None,
                 retries=0,
             )
             try:
                 async with redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-                    await pubsub.subscribe(channel)
+                    async with asyncio.timeout(COMMAND_TIMEOUT):
+                        await pubsub.subscribe(channel)
                     self._look_up_all = subscribed.is_set()
                     subscribed.set()
                     delay = 0.05
@@ -318,7 +323,8 @@ class Transport:
                 log.debug("cannot look up results yet: %s", type(error).__name__)
 
     async def _look_up(self, batch_ids: list[str]) -> None:
-        found = await self._results.mget([self.keys.result(batch_id) for batch_id in batch_ids])
+        async with asyncio.timeout(COMMAND_TIMEOUT):
+            found = await self._results.mget([self.keys.result(each) for each in batch_ids])
         now = time.monotonic()
         for batch_id, stored in zip(batch_ids, found, strict=True):
             expected = self._expected.get(batch_id)
@@ -333,7 +339,8 @@ class Transport:
         while True:
             await asyncio.sleep(_RECALIBRATE)
             with contextlib.suppress(redis_exceptions.RedisError, OSError):
-                await self.clock.calibrate(self._coordination)
+                async with asyncio.timeout(COMMAND_TIMEOUT):
+                    await self.clock.calibrate(self._coordination)
 
 
 def _read_result(stored: bytes) -> BatchResult:

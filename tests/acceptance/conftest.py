@@ -62,15 +62,15 @@ def redis_node(
 
 
 @pytest.fixture
-def redis_url(redis_node: LocalRedisContainer | RedisContainer) -> str:
-    """Where this process and the worker reach the Redis."""
+def node_url(redis_node: LocalRedisContainer | RedisContainer) -> str:
+    """Where this process and the worker reach the Redis: each test's own, so it can be killed."""
     return str(redis_node.celeryconfig["host_url"])
 
 
 @pytest.fixture
-def worker_env(redis_url: str) -> dict[str, str]:
-    """RECALLQ_* variables of every worker."""
-    return {"RECALLQ_BACKEND": "redis", "RECALLQ_REDIS_URL": redis_url}
+def worker_env(node_url: str) -> dict[str, str]:
+    """RECALLQ_* variables of the worker."""
+    return {"RECALLQ_BACKEND": "redis", "RECALLQ_REDIS_URL": node_url}
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from redis.asyncio import Redis
 
 from recallq.contract import Scope
 from recallq.embedded import EmbeddedRedis
@@ -14,7 +13,7 @@ from recallq.errors import BackendError, BackendUnavailable
 from recallq_worker.backends.base import Record
 from recallq_worker.backends.redis import RedisStore
 from tests.contract.store_conformance import StoreConformance, record, texts
-from tests.support import eventually
+from tests.support import eventually, redis_at
 
 
 @asynccontextmanager
@@ -27,12 +26,12 @@ async def opened(store: RedisStore) -> AsyncIterator[RedisStore]:
 
 
 async def keys_of(redis_url: str, namespace: str) -> set[str]:
-    async with Redis.from_url(redis_url) as redis:
+    async with redis_at(redis_url) as redis:
         return {key.decode() async for key in redis.scan_iter(f"{namespace}:*")}
 
 
 async def commands_run(redis_url: str) -> int:
-    async with Redis.from_url(redis_url) as redis:
+    async with redis_at(redis_url) as redis:
         return int((await redis.info("stats"))["total_commands_processed"])
 
 
@@ -59,7 +58,7 @@ class TestRedisStore(StoreConformance):
             await store.delete(Scope("default", user, "s1"), before_epoch=1)
             await store.delete(Scope("default", user), before_epoch=2)
         (fence,) = await keys_of(redis_url, namespace)
-        async with Redis.from_url(redis_url) as redis:
+        async with redis_at(redis_url) as redis:
             assert await redis.ttl(fence) > 0
             assert await redis.hgetall(fence) == {b"*": b"2"}
 
@@ -78,7 +77,7 @@ class TestRedisStore(StoreConformance):
     ) -> None:
         async with opened(RedisStore(redis_url, namespace=namespace)) as store:
             await store.add([record(user)])
-        async with Redis.from_url(redis_url) as redis:
+        async with redis_at(redis_url) as redis:
             lifetimes = [await redis.ttl(key) for key in await keys_of(redis_url, namespace)]
         assert lifetimes == [-1, -1, -1, -1]
 
@@ -97,7 +96,7 @@ class TestRedisStore(StoreConformance):
             assert len(hits) == 1
             await store.add([_at(user, "newest", now)])
             base = f"{namespace}:m:{{default/{user}}}"
-            async with Redis.from_url(redis_url) as redis:
+            async with redis_at(redis_url) as redis:
                 assert await redis.hlen(f"{base}:r") == 2
                 assert await redis.hkeys(f"{base}:x") == [b"s"]
                 assert not await redis.exists(f"{base}:s:old")
@@ -124,7 +123,7 @@ class TestRedisStore(StoreConformance):
             await store.add([record(user, "early", order=-5), record(user, "other", session="t")])
             found = await store.list(Scope("default", user), offset=0, limit=9)
             assert texts(found) == ["1497", "1498", "1499", "other"]
-            async with Redis.from_url(redis_url) as redis:
+            async with redis_at(redis_url) as redis:
                 assert await redis.hlen(f"{namespace}:m:{{default/{user}}}:r") == 4
 
     async def test_a_damaged_record_hides_no_other(
@@ -136,7 +135,7 @@ class TestRedisStore(StoreConformance):
     ) -> None:
         async with opened(RedisStore(redis_url, namespace=namespace)) as store:
             await store.add([record(user, "tea one", record_id="bad"), record(user, "tea two")])
-            async with Redis.from_url(redis_url) as redis:
+            async with redis_at(redis_url) as redis:
                 await redis.hset(f"{namespace}:m:{{default/{user}}}:r", "bad", "{torn")
             scope = Scope("default", user)
             assert texts(await store.list(scope, offset=0, limit=9)) == ["tea two"]
@@ -163,13 +162,13 @@ class TestRedisStore(StoreConformance):
         self, redis_url: str, namespace: str, user: str
     ) -> None:
         async with opened(RedisStore(redis_url, namespace=namespace)) as store:
-            async with Redis.from_url(redis_url) as redis:
+            async with redis_at(redis_url) as redis:
                 await redis.script_flush()
             assert await store.add([record(user)]) == [True]
 
     async def test_says_where_it_failed_and_never_the_password(self, namespace: str) -> None:
         with EmbeddedRedis() as server:
-            async with Redis.from_url(server.url) as redis:
+            async with redis_at(server.url) as redis:
                 await redis.config_set("requirepass", "another")
             store = RedisStore(
                 server.url.replace("//", "//:geheim@"), namespace=namespace, connect_timeout=1
@@ -193,7 +192,7 @@ class TestRedisStore(StoreConformance):
 
 
 async def _now(redis_url: str) -> int:
-    async with Redis.from_url(redis_url) as redis:
+    async with redis_at(redis_url) as redis:
         seconds, _ = await redis.time()
         return int(seconds)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -212,7 +213,10 @@ def test_a_data_directory_serves_one_redis_at_a_time(tmp_path: Path) -> None:
 def test_another_process_is_refused_too(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path):
         other = subprocess.run(
-            [sys.executable, "-c", PARENT, "return", str(tmp_path)], capture_output=True, text=True
+            [sys.executable, "-c", PARENT, "return", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     assert other.returncode != 0
     assert "ConfigurationError" in other.stderr
@@ -236,16 +240,21 @@ def test_running_finds_it(tmp_path: Path) -> None:
     assert EmbeddedRedis.running(tmp_path) is None
     with server:
         assert EmbeddedRedis.running(tmp_path) == server.url
-        state = (tmp_path / "redis.json").read_text()
         server.kill()
         assert EmbeddedRedis.running(tmp_path) is None
         server.start()
         assert EmbeddedRedis.running(str(tmp_path)) == server.url
     assert EmbeddedRedis.running(tmp_path) is None
 
-    # Left by a killed run, and another Redis has its port by now.
-    with EmbeddedRedis(port=server.port):
-        (tmp_path / "redis.json").write_text(state)
+
+def test_running_is_not_misled_by_what_a_killed_run_left(tmp_path: Path) -> None:
+    """Its state file is still there, another Redis has its port, and the next one is starting."""
+    killed = EmbeddedRedis(tmp_path)
+    killed.start()
+    killed.kill()
+    with EmbeddedRedis(port=killed.port), (tmp_path / "redis.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert (tmp_path / "redis.json").exists()
         assert EmbeddedRedis.running(tmp_path) is None
 
 
@@ -456,6 +465,28 @@ def test_ends_with_its_guard(redis: EmbeddedRedis) -> None:
     os.kill(guard_of(pid), signal.SIGKILL)
     poll_gone(pid)
     assert not redis.is_alive()
+
+
+@linux_only
+def test_the_data_is_locked_even_while_redis_outlives_its_guard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_SILENT_LOCK_PATIENCE", 0.2)
+    server = EmbeddedRedis(tmp_path)
+    server.start()
+    pid = running_pid(server)
+    guard = guard_of(pid)
+    os.kill(pid, signal.SIGSTOP)  # it cannot act on what the kernel sends it now
+    os.kill(guard, signal.SIGKILL)
+    poll(lambda: not server.is_alive(), "the guard to end")
+    try:
+        with pytest.raises(ConfigurationError, match="in use by another embedded Redis"):
+            server.start()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    poll_gone(pid)
+    with server:
+        assert ask(server.url, "PING") is True
 
 
 def test_outlives_the_thread_that_started_it() -> None:

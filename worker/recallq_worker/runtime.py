@@ -27,7 +27,7 @@ from recallq.clock import FleetClock
 from recallq.contract import Lane
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError, ServiceUnavailable
 from recallq.keys import Keys
-from recallq.redis_client import RedisClient, connect, translating
+from recallq.redis_client import COMMAND_TIMEOUT, RedisClient, asking, connect
 from recallq.workers import SIGN_OF_LIFE_EVERY, WorkerInfo, WorkerRegistry
 from recallq_worker.backends import registry
 from recallq_worker.backends.base import MemoryStore
@@ -35,7 +35,7 @@ from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.ledger import WorkerLedger
 from recallq_worker.service import MemoryService
 from recallq_worker.settings import WorkerSettings
-from recallq_worker.single_process import RENEW_EVERY, OwnerLease
+from recallq_worker.single_process import LEASE_SECONDS, RENEW_EVERY, OwnerLease
 
 log = logging.getLogger(__name__)
 
@@ -110,11 +110,11 @@ class Runtime:
             client = self._clients[url] = connect(
                 url, max_connections=64, connect_timeout=settings.connect_timeout
             )
-            with translating(url, "cannot start the worker"):
+            async with asking(url, "cannot start the worker"):
                 await client.ping()
         coordination = self._clients[settings.coordination_url]
         clock = FleetClock()
-        with translating(settings.coordination_url, "cannot read the time"):
+        async with asking(settings.coordination_url, "cannot read the time"):
             await clock.calibrate(coordination)
         if backend.single_process:
             lease = OwnerLease(
@@ -123,7 +123,11 @@ class Runtime:
                 backend.name,
                 self.worker_id,
             )
-            with translating(settings.coordination_url, "cannot take the backend's lease"):
+            async with asking(
+                settings.coordination_url,
+                "cannot take the backend's lease",
+                timeout=LEASE_SECONDS + COMMAND_TIMEOUT,  # a dead owner's lease is waited out
+            ):
                 await lease.acquire()
             self._lease = lease
         store = backend.from_settings(settings)
@@ -178,7 +182,8 @@ class Runtime:
         )
         while True:
             try:
-                await workers.sign(info)
+                async with asyncio.timeout(COMMAND_TIMEOUT):
+                    await workers.sign(info)
             except (redis_exceptions.RedisError, OSError) as error:
                 log.warning("cannot give a sign of life: %s", type(error).__name__)
             await asyncio.sleep(SIGN_OF_LIFE_EVERY)
@@ -187,7 +192,8 @@ class Runtime:
         while True:
             await asyncio.sleep(RENEW_EVERY)
             try:
-                kept = await lease.renew() or await self._take_again(lease)
+                async with asyncio.timeout(COMMAND_TIMEOUT):
+                    kept = await lease.renew() or await self._take_again(lease)
             except (redis_exceptions.RedisError, OSError) as error:
                 log.warning("cannot renew the backend's lease: %s", type(error).__name__)
                 continue

@@ -7,17 +7,20 @@ as far as it goes.
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import logging
 from typing import Any
 
 from celery import Celery, Task
 from celery.exceptions import Ignore
+from redis.exceptions import RedisError
 
 from recallq.contract import PARTIAL, AnyBatch, BatchResult, Operation, decode_batch
 from recallq.errors import UndecodableJob, to_wire
+from recallq.redis_client import COMMAND_TIMEOUT
 from recallq_worker import runtime
-from recallq_worker.ledger import Claim
+from recallq_worker.ledger import Claim, WorkerLedger
 from recallq_worker.runtime import Services
 
 log = logging.getLogger(__name__)
@@ -63,21 +66,31 @@ def run_batch(task: Task, *args: Any, **kwargs: Any) -> BatchResult:
 
 async def _work(services: Services, worker_id: str, batch: AnyBatch, result: BatchResult) -> bool:
     """Runs a batch; False if it turned out to be done already."""
-    claim = await services.ledger.claim(batch, worker_id)
+    delay = 0.05
+    while True:
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT):
+                claim = await _claim(services.ledger, batch, worker_id)
+            break
+        except (RedisError, OSError) as error:
+            # The message is ours and stays unacknowledged: nothing is lost by waiting for Redis.
+            log.warning("cannot claim a batch yet: %s", type(error).__name__)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 1.0)
     if claim is None:
-        claim = await _claim_unlisted(services, batch)
-        if claim is None:
-            return False
+        log.info("batch %s was answered before; not run again", batch.id)
+        return False
     await services.memory.run(batch, claim, result)
     return True
 
 
-async def _claim_unlisted(services: Services, batch: AnyBatch) -> Claim | None:
-    """A batch that is not in the ledger was settled before, or published by plain Celery."""
-    if await services.ledger.has_result(batch.id):
-        log.info("batch %s was answered before; not run again", batch.id)
-        return None
-    return await services.ledger.claim_unlisted(batch)
+async def _claim(ledger: WorkerLedger, batch: AnyBatch, worker_id: str) -> Claim | None:
+    """None if the batch was answered before. One that is not in the ledger and has no result was
+    published by plain Celery."""
+    claim = await ledger.claim(batch, worker_id)
+    if claim is not None or await ledger.has_result(batch.id):
+        return claim
+    return await ledger.claim_unlisted(batch)
 
 
 async def _bury(services: Services, payload: object, error: UndecodableJob) -> None:

@@ -8,7 +8,7 @@ import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Protocol, Self
+from typing import Annotated, Self
 
 import orjson
 import typer
@@ -25,6 +25,7 @@ from rich.progress import (
 from recallq.cli.connection import UrlOption, connect, is_named, named_url
 from recallq.cli.memory import printable
 from recallq.cli.runner import fail, guarded, run
+from recallq.cli.stack import default_data_dir
 from recallq.contract import Lane
 from recallq.errors import InvalidInput, RecallQError
 from recallq.ingest import IngestOptions, IngestReport, check, ingest
@@ -39,7 +40,7 @@ _LINE_EVERY = 5.0
 def ingest_command(
     files: Annotated[
         list[str],
-        typer.Argument(help="Conversation logs, .gz too; '-' reads stdin.", show_default=False),
+        typer.Argument(metavar="FILE...", help="Conversation logs, .gz too; '-' reads stdin."),
     ],
     user: Annotated[
         str | None, typer.Option("--user", "-u", help="User of lines that name none.")
@@ -117,8 +118,10 @@ def _target(url: str | None, tenant: str | None, user: str | None) -> str:
     """Where the messages go, for the checkpoint: what one place has is not resumed to another."""
     where = url or named_url()
     settings = ClientSettings.load(redis_url=where, tenant=tenant)
-    # An embedded Redis has another address every time, and the same data.
-    place = redact(settings.redis_url) if url or is_named() else "the embedded Redis"
+    if url or is_named():
+        place = redact(settings.redis_url)
+    else:  # its address is another every time; its data is not
+        place = f"the embedded Redis in {default_data_dir()}"
     default_user = f", user {user}" if user is not None else ""
     return f"{place}, namespace {settings.namespace}, tenant {settings.tenant}{default_user}"
 
@@ -157,14 +160,6 @@ def _note(text: str) -> None:
 
 
 # --- progress -----------------------------------------------------------------------------------
-
-
-class _Display(Protocol):
-    report: IngestReport
-    """As it was seen last."""
-
-    def __call__(self, report: IngestReport) -> None: ...
-    def close(self) -> None: ...
 
 
 def _counts(report: IngestReport) -> str:

@@ -46,7 +46,7 @@ def add(
         if as_json:
             _print_json(added.model_dump())
         else:
-            print(f"stored {_count(added.added, 'message')} for {user}")
+            print(f"stored {count(added.added, 'message')} for {user}")
 
     run(work())
 
@@ -128,7 +128,7 @@ def delete(
             _print_json(deleted.model_dump())
         else:
             what = "everything" if session is None else f"session {session}"
-            print(f"deleted {what} of {user}: {_count(deleted.removed, 'message')}")
+            print(f"deleted {what} of {user}: {count(deleted.removed, 'message')}")
 
     run(work())
 
@@ -168,5 +168,6 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """``1 message``, ``1,451 messages``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -15,7 +15,7 @@ from recallq.cli.runner import run
 from recallq.client import MemoryClient
 from recallq.contract import Lane
 from recallq.errors import JobTimeout, RecallQError
-from recallq.redis_client import RedisClient, connect, redact, translating
+from recallq.redis_client import RedisClient, asking, connect, redact
 from recallq.settings import ClientSettings
 from recallq.workers import WorkerInfo
 
@@ -117,7 +117,7 @@ async def _examine_redis(role: str, url: str, settings: ClientSettings) -> list[
     check = f"Redis ({role})"
     redis = connect(url, connect_timeout=settings.connect_timeout, retries=0)
     try:
-        with translating(url, "cannot reach it"):
+        async with asking(url, "cannot reach it"):
             info = await redis.info()
             findings = [_judge_version(check, url, info)]
             if role == "broker":

@@ -9,15 +9,17 @@ nobody here knows included: of a one-message line everything but user and sessio
 ShareGPT message everything, with ``from`` and ``value`` under the names ``role`` and ``content``.
 What a conversation says beside its messages (model, tools, scores) is not stored.
 
-Every message becomes a job of its own with an idempotency key, which says what makes it the same
-message when the file is read again, under whatever name:
+A turn becomes one add job. Its idempotency key says what makes its messages the same ones when the
+file is read again, under whatever name:
 
-- its own ``id``, with its role and content: in one session an id that comes a second time is a
-  duplicate and is not stored again, but an id that two different messages share loses neither;
-- else its conversation's ``id`` with its place in it, role and content: a conversation that has
-  grown adds only what is new;
-- else the number of its line (or of its item in the array), its place in that, and all of it: two
-  equal lines are two messages, and a log that has grown at its end adds only its new lines.
+- a message with an ``id`` of its own is a turn, known by the id, role and content: in one session
+  an id that comes a second time is a duplicate and is not stored again, but an id that two
+  different messages share loses neither;
+- a message of a conversation with an ``id`` is a turn, known by that id, its place, role and
+  content: a conversation that has grown adds only what is new;
+- what has no id at all, a message or the messages of a conversation, is known by the number of its
+  line (or of its item in the array) and all that it says: two equal lines are two messages, and a
+  log that has grown at its end adds only its new lines.
 
 The user and the session are part of every record's id already.
 """
@@ -28,12 +30,19 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
+
+import orjson
 
 from recallq.errors import InvalidInput
 from recallq.ingest.stream import HEAD_BYTES, MAX_PIECE_BYTES, Piece, Position, pieces
 from recallq.messages import Message, to_message
+
+_JOB_MESSAGES = 50
+_JOB_BYTES = 1024 * 1024
+"""Most messages and bytes of a conversation in one job, a single message excepted. Part of what
+makes keys: other numbers would store long conversations again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +55,11 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message to store."""
+    """Messages to store by one job."""
 
     user_id: str
     session_id: str
-    message: Message
+    messages: list[Message]
     key: str
     """Idempotency key."""
 
@@ -122,8 +131,7 @@ def _shortened(piece: Piece) -> Piece:
     # Lines wait in memory until they are stored, and their text is needed only to show a reject.
     if len(piece.raw) <= HEAD_BYTES:
         return piece
-    return Piece(piece.line, piece.item, piece.raw[:HEAD_BYTES], piece.size, piece.after,
-                 piece.consumed, piece.problem)  # fmt: skip
+    return replace(piece, raw=piece.raw[:HEAD_BYTES])
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -217,7 +225,8 @@ def _single(value: dict[str, Any], number: int, defaults: Defaults) -> Turn:
     said = _said(kept, "message")
     own = _own_id(kept)
     key = _key("line", number, kept) if own is None else _key("message", own, *_gist(said))
-    return Turn(user, session, to_message(said, "message"), key)
+    message, _ = _checked(said, "message")
+    return Turn(user, session, [message], key)
 
 
 def _conversation(value: dict[str, Any], name: str, number: int, defaults: Defaults) -> list[Turn]:
@@ -235,19 +244,36 @@ def _conversation(value: dict[str, Any], name: str, number: int, defaults: Defau
         or defaults.session
         or f"line-{number}-{_digest(inside)[:12]}"
     )
+    said = [_said(each, f"{name}[{index}]") for index, each in enumerate(inside)]
+    ids = [_own_id(each) for each in said]
+    checked = [_checked(each, f"{name}[{index}]") for index, each in enumerate(said)]
+    if own is None and not any(ids):
+        return [
+            Turn(user, session, [message for message, _ in checked[start:end]],
+                 _key("line", number, start, said[start:end]))
+            for start, end in _groups([size for _, size in checked])
+        ]  # fmt: skip
     turns = []
-    for index, each in enumerate(inside):
-        where = f"{name}[{index}]"
-        said = _said(each, where)
-        message_id = _own_id(said)
-        if message_id is not None:
-            key = _key("message", message_id, *_gist(said))
+    for index, (each, each_id, (message, _)) in enumerate(zip(said, ids, checked, strict=True)):
+        if each_id is not None:
+            key = _key("message", each_id, *_gist(each))
         elif own is not None:
-            key = _key("conversation", own, index, *_gist(said))
+            key = _key("conversation", own, index, *_gist(each))
         else:
-            key = _key("line", number, index, said)
-        turns.append(Turn(user, session, to_message(said, where), key))
+            key = _key("line", number, index, each)
+        turns.append(Turn(user, session, [message], key))
     return turns
+
+
+def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """Where to cut messages of so many bytes into jobs; only they say, as the keys go by it."""
+    start = total = 0
+    for index, size in enumerate(sizes):
+        if index > start and (index - start >= _JOB_MESSAGES or total + size > _JOB_BYTES):
+            yield start, index
+            start, total = index, 0
+        total += size
+    yield start, len(sizes)
 
 
 # --- fields -------------------------------------------------------------------------------------
@@ -323,6 +349,18 @@ def _said(value: Any, where: str) -> dict[str, Any]:
     if content is not None and not isinstance(content, (str, list)):
         raise _Unusable(f"{where} has {_kind(content)} as its 'content', not text or parts")
     return said
+
+
+def _checked(said: dict[str, Any], where: str) -> tuple[Message, int]:
+    """`said` as a message that can be sent, and its bytes. Raises `_Unusable` or `InvalidInput`.
+
+    The client would refuse it too, but when the rest of its conversation may be stored already.
+    """
+    try:
+        size = len(orjson.dumps(said))
+    except (TypeError, ValueError) as error:  # lone surrogates, large integers, deep nesting
+        raise _Unusable(f"{where} cannot be sent as JSON: {error}") from None
+    return to_message(said, where), size
 
 
 def _from_sharegpt(value: dict[str, Any], where: str) -> dict[str, Any]:

@@ -26,13 +26,20 @@ class Gate:
         self._pauses = 0
         self._opens_at = 0.0
         self._queue: list[tuple[int, asyncio.Future[None]]] = []
+        self._let_go = 0
+        """Calls that were told to go on and have not yet."""
 
     async def passed(self, sequence: int) -> None:
         """Returns at once while nothing is held back, else in the order of `sequence`."""
-        if self.reason is not None:
+        mine = False
+        while self.reason is not None or (self._let_go and not mine):
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             heapq.heappush(self._queue, (sequence, turn))
             await turn
+            mine = True
+            self._let_go -= 1
+            if not self._let_go and self.reason is None:
+                self._release()
 
     def succeeded(self) -> None:
         self.last_success = time.monotonic()
@@ -51,7 +58,7 @@ class Gate:
         loop = asyncio.get_running_loop()
         if pause is None:
             pause = min(_FIRST_PAUSE * 2 ** min(self._pauses, 10), _LONGEST_PAUSE)
-            pause *= random.uniform(0.75, 1.25)  # not in step with other ingestions
+            pause *= random.uniform(0.75, 1.25)  # noqa: S311 - not in step with other ingestions
         opens_at = loop.time() + pause
         if self.reason is None:
             self._pauses += 1
@@ -66,7 +73,12 @@ class Gate:
             loop.call_at(self._opens_at, self._open)
             return
         self.reason = None
+        self._release()
+
+    def _release(self) -> None:
+        """Lets all go on that wait; who comes before they have waits behind them."""
         while self._queue:
             _, turn = heapq.heappop(self._queue)
             if not turn.done():
                 turn.set_result(None)
+                self._let_go += 1

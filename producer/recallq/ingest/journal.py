@@ -80,6 +80,8 @@ class Journal:
         self._mark = self.start
         self._rejected = self.rejected_earlier
         self._pending: list[Reject] = []
+        self._unfinished: list[Reject] = []
+        self._rejects_bytes: int | None = None
         self._head: tuple[int, str | None] = (0, None)
         self._saved: tuple[Position, bool] | None = None
         self._state = threading.Lock()
@@ -120,11 +122,17 @@ class Journal:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def settle(self, after: Position, reject: Reject | None = None) -> None:
-        """Notes that the next line, which ends at `after`, is stored, or is a `reject`."""
+    def settle(
+        self, after: Position, reject: Reject | None = None, *, unfinished: bool = False
+    ) -> None:
+        """Notes that the next line is stored, or is a `reject`, and that `after` is what to read
+        next. An `unfinished` line is the last, and its reject does not count once it is read again.
+        """
         with self._state:
             self._mark = after
-            if reject is not None:
+            if reject is not None and unfinished:
+                self._unfinished.append(reject)
+            elif reject is not None:
                 self._rejected += 1
                 self._pending.append(reject)
 
@@ -132,15 +140,16 @@ class Journal:
         """Writes what has been noted; blocks. From any thread. Raises `InvalidInput`."""
         with self._files:
             with self._state:
-                mark, rejected, pending = self._mark, self._rejected, self._pending
-                self._pending = []
-            if pending:
-                try:
-                    self._write_rejects(pending)
-                except OSError as error:
-                    with self._state:
-                        self._pending = pending + self._pending
-                    raise self._unwritable(error) from None
+                mark, rejected = self._mark, self._rejected
+                pending, self._pending = self._pending, []
+                unfinished, self._unfinished = self._unfinished, []
+            try:
+                self._write_rejects(pending)
+                if unfinished:
+                    self._rejects_bytes = self._size_of_rejects()
+                    self._write_rejects(unfinished)
+            except OSError as error:
+                raise self._unwritable(error) from None
             if self.keeps_checkpoint and self._saved != (mark, complete):
                 try:
                     self._write_checkpoint(mark, rejected, complete)
@@ -149,7 +158,12 @@ class Journal:
                     why = (isinstance(error, OSError) and error.strerror) or error
                     self.warning = f"cannot write {self._path} ({why}): --resume will not find it"
 
+    def _size_of_rejects(self) -> int:
+        return self.rejects.stat().st_size if self.rejects.is_file() else 0
+
     def _write_rejects(self, rejects: list[Reject]) -> None:
+        if not rejects:
+            return
         with self.rejects.open("ab") as file:
             for reject in rejects:
                 entry: dict[str, object] = {"file": self.source.name} if self._shared else {}
@@ -162,6 +176,7 @@ class Journal:
         head = min(mark.offset, _HEAD_BYTES)
         if self._head[0] != head:
             self._head = (head, self.source.head_digest(head))
+        rejects_bytes = self._rejects_bytes
         checkpoint = Checkpoint(
             target=self._target,
             offset=mark.offset,
@@ -170,14 +185,14 @@ class Journal:
             head_bytes=head,
             head_sha256=self._head[1],
             rejects=str(self.rejects.absolute()),
-            rejects_bytes=self.rejects.stat().st_size if self.rejects.is_file() else 0,
+            rejects_bytes=self._size_of_rejects() if rejects_bytes is None else rejects_bytes,
             rejected=0 if complete else rejected,
             complete=complete,
         )
         temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_text(checkpoint.model_dump_json(indent=2) + "\n")
-            os.replace(temporary, self._path)
+            temporary.replace(self._path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -185,7 +200,9 @@ class Journal:
         """The checkpoint, if there is one, checked against the source; sets where to begin."""
         if self._path is None or not self._path.exists():
             return None
-        again = "run without --resume to ingest it from its start; what is stored stays single"
+        again = (
+            "without --resume it is ingested from its start, and what is stored is not stored twice"
+        )
         try:
             found = Checkpoint.model_validate_json(self._path.read_bytes())
         except (OSError, ValidationError):

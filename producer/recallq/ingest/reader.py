@@ -60,7 +60,7 @@ class LineReader:
             for line in self._lines():
                 if not self._put(line):
                     return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - belongs to whoever takes the lines
             self.error = error
         with self._changed:
             self._ended = True

@@ -1,18 +1,21 @@
 """Feeds a conversation log of any size to the queue: in file order, within bounds, resumably.
 
-Owns the way of a line from the reader to its answer. Every message is one add job; the client
-packs jobs of concurrent calls into batches, so that a window of calls in flight is all that speed
-needs. Calls begin in file order, since a message's place in its session is given when its call
-begins; answers come in any order, and are settled in file order (see `journal`).
+Owns the way of a line from the reader to its answer. Every turn is one add job; the client packs
+jobs of concurrent calls into batches, so that a window of calls in flight is all that speed needs.
+Calls begin in file order, since a message's place in its session is given when its call begins;
+answers come in any order, and are settled in file order (see `journal`).
 
 What a line itself is to blame for rejects the line. What the service is to blame for - a full
 queue, a lost connection, no answer - holds everything back and tries again, in file order, and
-ends the run only if nothing gets through for long; what had settled by then is on record.
+ends the run only if nothing gets through for long; what had settled by then is on record. A
+message that was refused while a later one of its session, in flight at the same moment, was not
+comes to stand behind it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +45,8 @@ from recallq.ingest.stream import MAX_PIECE_BYTES, Position
 from recallq.messages import Message
 
 _ATTEMPTS = 3
-"""Times a message is tried that the service had no answer for."""
+"""Times a turn is tried that the service had no answer for."""
+_NAMED = re.compile(r"messages\[(\d+)\]")
 _MAX_BYTES_IN_FLIGHT = 32 * 1024 * 1024
 _SPAN = 8
 """How many times the window may have settled behind a line that has not."""
@@ -204,6 +208,7 @@ class _Entry:
     line: Line | None
     """Dropped once it cannot be rejected any more."""
     after: Position
+    unfinished: bool
     consumed: int
     messages: int
     left: int
@@ -268,6 +273,7 @@ class _Run:
             if reader.error is not None:
                 raise _reading_failed(self._source, reader.error)
             await asyncio.to_thread(journal.save, complete=True)
+            report.bytes_done = report.bytes_total or report.bytes_done
         except BaseExceptionGroup as failures:
             error = _first(failures)
             raise _placed(error, self._stopped()) from error
@@ -331,46 +337,52 @@ class _Run:
         ):
             await self._wait()
         turns, line.turns = line.turns, []
+        messages = sum(len(turn.messages) for turn in turns)
         entry = _Entry(
             line=line,
             after=line.piece.after,
+            unfinished=line.piece.unfinished,
             consumed=line.piece.consumed,
-            messages=len(turns),
-            left=len(turns),
+            messages=messages,
+            left=messages,
             held=line.piece.size if turns else len(line.piece.raw),
             problem=line.problem,
         )
         self._entries.append(entry)
         self._bytes += entry.held
         self._report.lines += 1
-        self._report.messages += len(turns)
+        self._report.messages += messages
         if not turns:
             self._settle()
-        for index, turn in enumerate(turns):
-            while self._in_flight >= options.window:
+        first = 0
+        for turn in turns:
+            size = len(turn.messages)
+            while self._in_flight and self._in_flight + size > options.window:
                 await self._wait()
-            self._in_flight += 1
+            self._in_flight += size
             self._sequence += 1
-            group.create_task(self._store(entry, index, turn, self._sequence))
+            group.create_task(self._store(entry, first, turn, self._sequence))
+            first += size
 
     async def _wait(self) -> None:
         """Until something has settled."""
         self._room.clear()
         await self._room.wait()
 
-    async def _store(self, entry: _Entry, index: int, turn: Turn, sequence: int) -> None:
-        """Sees one message of a line through."""
+    async def _store(self, entry: _Entry, first: int, turn: Turn, sequence: int) -> None:
+        """Sees a turn through, whose first message is the line's message `first`, from 0."""
+        size = len(turn.messages)
         try:
             result = await self._add(turn, sequence)
         except (InvalidInput, JobError) as error:
             if entry.problem is None:
-                entry.problem = _problem(error, index, entry.messages)
+                entry.problem = _problem(error, first, entry.messages)
         else:
-            entry.stored += 1
-            self._report.added += min(result.added, 1)
-            self._report.already_stored += max(1 - result.added, 0)
-        self._in_flight -= 1
-        entry.left -= 1
+            entry.stored += size
+            self._report.added += min(result.added, size)
+            self._report.already_stored += max(size - result.added, 0)
+        self._in_flight -= size
+        entry.left -= size
         if not entry.left:
             if entry.problem is None:
                 self._drop(entry)
@@ -395,7 +407,7 @@ class _Run:
                 report.rejected += 1
                 self._name_rejects()
                 self._drop(entry)
-            self._journal.settle(entry.after, reject)
+            self._journal.settle(entry.after, reject, unfinished=entry.unfinished)
             report.bytes_done = entry.consumed
 
     def _name_rejects(self) -> None:
@@ -406,7 +418,7 @@ class _Run:
     # --- messages -------------------------------------------------------------------------------
 
     async def _add(self, turn: Turn, sequence: int) -> AddResult:
-        """Adds one message, as often as it takes. Raises what no trying again would help."""
+        """Adds a turn, however many attempts that takes. Raises what no trying again would help."""
         options, gate = self._options, self._gate
         began = time.monotonic()
         attempts = 0
@@ -415,7 +427,7 @@ class _Run:
             try:
                 result = await self._client.add_memory(
                     turn.user_id,
-                    [turn.message],
+                    turn.messages,
                     turn.session_id,
                     timeout=options.timeout,
                     lane=options.lane,
@@ -432,7 +444,7 @@ class _Run:
             except (JobTimeout, JobExpired, BackendUnavailable) as error:
                 attempts += 1
                 if attempts >= _ATTEMPTS and gate.last_success < began:
-                    raise _GiveUp(error) from error  # it is not this message's fault
+                    raise _GiveUp(error) from error  # it is not this turn's fault
                 if attempts >= _ATTEMPTS:
                     raise
                 gate.hold(str(error), getattr(error, "retry_after", None))
@@ -441,15 +453,17 @@ class _Run:
                 return result
 
 
-def _problem(error: InvalidInput | JobError, index: int, messages: int) -> str:
-    """Why a line is rejected whose message `index` of so many met `error`."""
-    which = "the message" if messages == 1 else f"message {index + 1:,} of {messages:,}"
-    if isinstance(error, JobError):
-        return f"failed: {error}" if messages == 1 else f"{which} failed: {error}"
+def _problem(error: InvalidInput | JobError, first: int, messages: int) -> str:
+    """Why a line of so many messages is rejected: a turn met `error` that begins with `first`."""
     text = str(error)
-    if text.startswith("messages[0]"):  # as the client calls the only one it was given
-        return which + text.removeprefix("messages[0]")
-    return text if messages == 1 else f"{which}: {text}"
+    if isinstance(error, JobError):
+        return f"failed: {text}"
+    named = _NAMED.match(text)
+    if named is None:
+        return text
+    # The client counts from the first message that it was given, and people from 1.
+    which = f"message {first + int(named[1]) + 1:,} of {messages:,}"
+    return f"{'the message' if messages == 1 else which}{text[named.end() :]}"
 
 
 def _reading_failed(source: Source, error: Exception) -> Exception:

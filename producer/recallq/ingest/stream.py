@@ -33,6 +33,7 @@ _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[(?=[ \t\r\n]*[{\]])")
 _ARRAY_SO_FAR = re.compile(rb"(?:\xef(?:\xbb(?:\xbf)?)?)?[ \t\r\n]*(?:\[[ \t\r\n]*)?")
 _OUTSIDE_STRING = re.compile(rb'["{}\[\],]')
 _INSIDE_STRING = re.compile(rb'["\\]')
+_BLANK = re.compile(rb"[ \t\r\n]*")
 _GAP = re.compile(rb"[ \t\r\n,]*")
 
 
@@ -62,10 +63,11 @@ class Piece:
     size: int
     """Bytes it takes in the stream."""
     after: Position
-    """Just behind it. Where the stream ended before the piece did, its beginning: whoever reads
-    on when the stream has grown wants the whole of it."""
+    """Where to read on: just behind it, but at its beginning if it is `unfinished`."""
     consumed: int
     """How far the underlying file had been read, in bytes of that file."""
+    unfinished: bool = False
+    """The stream ended, and the piece had not: when the stream has grown it may be another."""
     problem: str | None = None
     """Why it cannot be parsed, if that is known already."""
 
@@ -88,9 +90,8 @@ def pieces(
         while len(window.data) < 2 and window.fill():
             pass
         if bytes(window.data[:2]) in _UTF_16:
-            yield window.piece(
-                window.mark(None), 2, problem="the file is UTF-16; convert it to UTF-8"
-            )
+            problem = "the file is UTF-16; convert it to UTF-8"
+            yield window.piece(window.mark(None), 2, after=None, problem=problem)
             return
         if _enter_array(window):
             item = 0
@@ -127,11 +128,11 @@ class _Window:
         self.line += self.data.count(b"\n", self.at, end)
         self.at = end
 
-    def skip_gap(self) -> int:
-        """Uses white space and commas; the index of what comes next."""
-        gap = _GAP.match(self.data, self.at)
-        if gap is not None:
-            self.skip(gap.end())
+    def skip_over(self, pattern: re.Pattern[bytes]) -> int:
+        """Uses what matches; the index of what comes next."""
+        match = pattern.match(self.data, self.at)
+        if match is not None:
+            self.skip(match.end())
         return self.at
 
     def position(self, item: int | None) -> Position:
@@ -141,9 +142,9 @@ class _Window:
         return _Mark(self, item)
 
     def piece(
-        self, mark: _Mark, size: int, *, after: Position | None = None, problem: str | None = None
+        self, mark: _Mark, size: int, *, after: Position | None, problem: str | None
     ) -> Piece:
-        """The piece that began at `mark` and takes `size` bytes."""
+        """The piece that began at `mark` and takes `size` bytes; without `after` the last."""
         begin = mark.begin
         return Piece(
             line=begin.line + 1,
@@ -151,6 +152,7 @@ class _Window:
             raw=mark.head if mark.head is not None else bytes(self.data[self.at : self.at + size]),
             size=size,
             after=after or begin,
+            unfinished=after is None,
             consumed=self._read_to if self._tell else begin.offset + size,
             problem=problem,
         )
@@ -165,11 +167,11 @@ class _Mark:
         self.dropped = 0
         self._window = window
 
-    def drop(self, end: int) -> None:
-        """Skips the data up to index `end`, which belongs to a piece that is too long."""
+    def drop(self, end: int, limit: int) -> None:
+        """Skips the data up to index `end`, which belongs to a piece longer than `limit`."""
         window = self._window
         if self.head is None:
-            self.head = bytes(window.data[window.at : min(end, window.at + HEAD_BYTES)])
+            self.head = bytes(window.data[window.at : window.at + min(limit, HEAD_BYTES)])
         self.dropped += end - window.at
         window.skip(end)
 
@@ -191,12 +193,15 @@ def _enter_array(window: _Window) -> bool:
 def _lines(window: _Window, limit: int) -> Iterator[Piece]:
     """The rest of the stream, line by line."""
     while True:
+        while window.skip_over(_BLANK) == len(window.data):
+            if not window.fill():
+                return
         mark = window.mark(None)
         ended = False
         searched = window.at
         while (end := window.data.find(b"\n", searched)) < 0:
             if len(window.data) - window.at > limit:
-                mark.drop(len(window.data))
+                mark.drop(len(window.data), limit)
             searched = len(window.data) - window.at
             if not window.fill():
                 ended, end = True, len(window.data)
@@ -211,10 +216,10 @@ def _lines(window: _Window, limit: int) -> Iterator[Piece]:
 def _items(window: _Window, item: int, limit: int) -> Iterator[Piece]:
     """The array's items after the first `item` of them; leaves `window` behind the array."""
     while True:
-        while window.skip_gap() == len(window.data):
+        while window.skip_over(_GAP) == len(window.data):
             if not window.fill():
                 problem = "the file ends before its array does"
-                yield window.piece(window.mark(item), 0, problem=problem)
+                yield window.piece(window.mark(item), 0, after=None, problem=problem)
                 return
         if window.data[window.at] == ord("]"):
             window.skip(window.at + 1)
@@ -242,7 +247,7 @@ def _item_end(window: _Window, mark: _Mark, limit: int) -> int | None:
             # An escape at the end of the data is searched again together with what it escapes.
             keep = len(window.data) if found is None else found.start()
             if keep - window.at > limit:
-                mark.drop(keep)
+                mark.drop(keep, limit)
             searched = keep - window.at
             if not window.fill():
                 return None
@@ -274,12 +279,12 @@ def _finish(
     problem = None
     if size > limit:
         problem = f"longer than the limit of {limit:,} bytes"
-        mark.drop(end)
+        mark.drop(end, limit)
     elif ended and item is not None:
         problem = "the file ends inside this item"
     if mark.head is None:
         mark.head = bytes(window.data[window.at : end]).removeprefix(BOM).strip(_SPACE)
     window.skip(used)
     blank = not mark.head and not problem
-    after = mark.begin if ended else window.position(item)
+    after = None if ended else window.position(item)
     return None if blank else window.piece(mark, size, after=after, problem=problem)

@@ -10,6 +10,7 @@ out little by little, and a user who is silent for that long vanishes as a whole
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Sequence
@@ -22,7 +23,7 @@ from redis import exceptions
 from recallq.contract import Health, Scope
 from recallq.errors import BackendError, BackendUnavailable
 from recallq.keys import Keys, escape
-from recallq.redis_client import RedisClient, connect, redact
+from recallq.redis_client import COMMAND_TIMEOUT, RedisClient, connect, redact
 from recallq_worker.backends.base import Hit, Record
 from recallq_worker.backends.redis import scripts
 from recallq_worker.ranking import Ranking
@@ -237,7 +238,8 @@ class RedisStore:
     async def _asking(self, reply: Awaitable[T]) -> T:
         """Awaits Redis, in the errors that backends raise."""
         try:
-            return await reply
+            async with asyncio.timeout(COMMAND_TIMEOUT):
+                return await reply
         except exceptions.AuthenticationError as error:  # to redis-py a connection error
             raise BackendError(f"Redis at {redact(self._url)}: {error}") from error
         except (
