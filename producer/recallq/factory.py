@@ -58,7 +58,7 @@ class MemoryServiceFactory:
         backend = backend_type.lower() if backend_type is not None else reference.backend
         if backend is not None:
             kwargs["backend"] = backend
-        if reference.redis_redis_url is not None and backend in (None, "redis"):
+        if reference.redis_redis_url is not None:
             kwargs.setdefault("redis_url", reference.redis_redis_url)
         if reference.redis_socket_connect_timeout is not None:
             kwargs.setdefault("connect_timeout", reference.redis_socket_connect_timeout)

@@ -6,7 +6,6 @@ import copy
 import inspect
 import pickle
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -43,13 +42,7 @@ DEFINED = {
 }
 
 
-def job_errors(cls: type[JobError] = JobError) -> Iterator[type[JobError]]:
-    yield cls
-    for child in cls.__subclasses__():
-        yield from job_errors(child)
-
-
-JOB_ERRORS = list(job_errors())
+JOB_ERRORS = [cls for cls in DEFINED.values() if issubclass(cls, JobError)]
 
 
 def every_error() -> list[RecallQError]:

@@ -305,7 +305,9 @@ def test_a_line_over_the_limit_is_rejected_and_skipped() -> None:
         None,
         "longer than the limit of 100,000 bytes",
     ]
-    assert lines[1].reject("").raw == long[:HEAD_BYTES].decode()
+    assert lines[1].reject("").raw == (
+        f"{long[:HEAD_BYTES].decode()} ... ({len(long):,} bytes in all)"
+    )
     array = b"[" + json.dumps(FLAT).encode() + b", " + long + b", " + json.dumps(FLAT).encode()
     lines = list(parse(io.BytesIO(array + b"]"), limit=100_000))
     assert [line.problem is None for line in lines] == [True, False, True]

@@ -591,6 +591,18 @@ async def test_resume_without_a_checkpoint_begins_at_the_start(file: Path) -> No
     assert (report.lines, report.added, report.already_stored) == (3, 0, 3)
 
 
+async def test_a_run_that_begins_anew_forgets_how_far_an_earlier_one_was(file: Path) -> None:
+    file.write_text(log(3))
+    await ingest(Store(), [file])
+    gone = Store()
+
+    def before(_: str, __: Message) -> None:
+        assert not file.with_name("log.jsonl.recallq-ingest.json").exists()
+
+    gone.before = before
+    assert (await ingest(gone, [file])).added == 3
+
+
 async def test_resume_with_shared_rejects_keeps_those_of_every_source(
     tmp_path: Path, hurried: None
 ) -> None:

@@ -38,10 +38,12 @@ def worker(
         raise MissingExtra("the worker", "worker")
     registry.load(settings.backend)
 
-    from recallq_worker.app import app
+    from celery.bin.celery import celery
 
-    app.worker_main(
-        [
+    # Not app.worker_main(), which drops the exit code.
+    code = celery.main(
+        args=[
+            "--app=recallq_worker",
             "--quiet",  # no banner: one line says that it is ready
             "worker",
             f"--loglevel={_log_level(log_level)}",
@@ -51,8 +53,11 @@ def worker(
             "--without-heartbeat",
             f"--hostname={name or f'recallq-{os.getpid()}@%h'}",
             "--queues=" + ",".join(lane.queue(settings.namespace) for lane in wanted),
-        ]
+        ],
+        prog_name="recallq",
+        standalone_mode=False,
     )
+    raise SystemExit(code or 0)
 
 
 @cli.command()

@@ -113,7 +113,7 @@ class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
         if _forks(worker):
             return  # each child opens its own
         try:
-            _open(worker.app)
+            _open(worker.app, worker.concurrency)
         except RecallQError as error:
             print(f"recallq worker: {error}", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
@@ -124,11 +124,11 @@ class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
     terminate = stop
 
 
-def _open(celery: Celery) -> None:
+def _open(celery: Celery, concurrency: int) -> None:
     settings = worker_settings.current()
     queues = {lane.queue(settings.namespace): lane for lane in Lane}
     consumed = [queues[name] for name in celery.amqp.queues.consume_from if name in queues]
-    runtime.start(settings, lanes=consumed, on_lost=_give_up)
+    runtime.start(settings, lanes=consumed, concurrency=concurrency, on_lost=_give_up)
 
 
 def _forks(worker: Any) -> bool:
@@ -144,7 +144,7 @@ def _give_up(reason: str) -> None:
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _open_in_child(**_: Any) -> None:
     try:
-        _open(app)
+        _open(app, concurrency=1)
     except RecallQError as error:
         print(f"recallq worker: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
@@ -156,12 +156,12 @@ def _close_in_child(**_: Any) -> None:
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
-def _announce(**_: Any) -> None:
+def _announce(sender: Any, **_: Any) -> None:
     settings = worker_settings.current()
     queues = ", ".join(sorted(app.amqp.queues.consume_from))
     print(
         f"{READY_PROMPT}: backend {settings.backend}, queues {queues}, "
-        f"{settings.concurrency} batches at once",
+        f"{sender.controller.concurrency} batches at once",
         flush=True,
     )
 

@@ -57,13 +57,19 @@ class Runtime:
     """The loop, the backend and the coordination of one process."""
 
     def __init__(
-        self, settings: WorkerSettings, *, lanes: list[Lane], on_lost: Callable[[str], None]
+        self,
+        settings: WorkerSettings,
+        *,
+        lanes: list[Lane],
+        concurrency: int,
+        on_lost: Callable[[str], None],
     ) -> None:
         """`on_lost` is called with a reason when the process must not go on working."""
         self.settings = settings
         self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.services: Services
         self._lanes = lanes
+        self._concurrency = concurrency
         self._on_lost = on_lost
         self._keys = Keys(settings.namespace)
         self._clients: dict[str, RedisClient] = {}
@@ -177,7 +183,7 @@ class Runtime:
             version=version("recallq"),
             backend=self.settings.backend,
             lanes=self._lanes,
-            concurrency=self.settings.concurrency,
+            concurrency=self._concurrency,
             started_at=time.time(),
         )
         while True:
@@ -222,11 +228,15 @@ _current: tuple[int, Runtime] | None = None
 
 
 def start(
-    settings: WorkerSettings, *, lanes: list[Lane], on_lost: Callable[[str], None]
+    settings: WorkerSettings,
+    *,
+    lanes: list[Lane],
+    concurrency: int,
+    on_lost: Callable[[str], None],
 ) -> Runtime:
     """Starts this process's runtime."""
     global _current  # noqa: PLW0603  # one runtime per process is what this module owns
-    runtime = Runtime(settings, lanes=lanes, on_lost=on_lost)
+    runtime = Runtime(settings, lanes=lanes, concurrency=concurrency, on_lost=on_lost)
     runtime.start()
     _current = (os.getpid(), runtime)
     return runtime

@@ -18,7 +18,6 @@ from rich.progress import (
     Progress,
     TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -85,7 +84,7 @@ def ingest_command(
         window=window,
         timeout=timeout,
         max_line_bytes=max_line_bytes,
-        target=guarded(lambda: _target(url, tenant, user)),
+        target=guarded(lambda: _target(url, tenant, user, session)),
     )
     try:
         check(files, options)
@@ -114,7 +113,7 @@ async def _work(
     return display.report
 
 
-def _target(url: str | None, tenant: str | None, user: str | None) -> str:
+def _target(url: str | None, tenant: str | None, user: str | None, session: str | None) -> str:
     """Where the messages go, for the checkpoint: what one place has is not resumed to another."""
     where = url or named_url()
     settings = ClientSettings.load(redis_url=where, tenant=tenant)
@@ -122,8 +121,10 @@ def _target(url: str | None, tenant: str | None, user: str | None) -> str:
         place = redact(settings.redis_url)
     else:  # its address is another every time; its data is not
         place = f"the embedded Redis in {default_data_dir()}"
-    default_user = f", user {user}" if user is not None else ""
-    return f"{place}, namespace {settings.namespace}, tenant {settings.tenant}{default_user}"
+    parts = [place, f"namespace {settings.namespace}", f"tenant {settings.tenant}"]
+    parts += [f"--user {user}"] if user is not None else []
+    parts += [f"--session {session}"] if session is not None else []
+    return ", ".join(parts)
 
 
 def _conclude(report: IngestReport, error: str | None, *, as_json: bool) -> None:
@@ -185,9 +186,8 @@ class _Bar(AbstractContextManager["_Bar"]):
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[counts]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left", style="dim"),
             TimeRemainingColumn(),
+            TextColumn("left", style="dim"),
             console=console,
             refresh_per_second=5,
         )

@@ -9,7 +9,8 @@ same, and for the formats.
 
 from recallq.ingest.formats import Defaults, Line, Reject, Turn, parse
 from recallq.ingest.journal import Checkpoint
-from recallq.ingest.runner import Adder, IngestOptions, IngestReport, Progress, check, ingest
+from recallq.ingest.report import IngestOptions, IngestReport, Progress
+from recallq.ingest.runner import Adder, check, ingest
 from recallq.ingest.source import Source
 
 __all__ = [

@@ -71,7 +71,8 @@ class Reject:
     line: int
     reason: str
     raw: str
-    """The line; only its beginning where it is long. Bytes that are not UTF-8 show as ``\\xNN``."""
+    """The line. Of a long one the beginning and its size; bytes that are not UTF-8 show as
+    ``\\xNN``."""
 
 
 @dataclass(slots=True)
@@ -89,6 +90,8 @@ class Line:
         piece = self.piece
         where = "" if piece.item is None else f"item {piece.item:,} of the array: "
         raw = piece.raw[:HEAD_BYTES].decode("utf-8", "backslashreplace")
+        if piece.size > HEAD_BYTES:
+            raw += f" ... ({piece.size:,} bytes in all)"
         return Reject(piece.line, where + problem, raw)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -104,6 +105,10 @@ class Journal:
 
     def begin(self) -> None:
         """Makes the rejects file what it was at `start`. Raises `InvalidInput`."""
+        if self._path is not None and self._found is None:
+            # Killed before its first save, this run must not be resumed at an earlier one's end.
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
         try:
             if self._fresh_rejects:
                 if self.rejects.is_file():
