@@ -71,6 +71,10 @@ class RefusalPart(ContentPart):
 
 
 _PART_TYPES = frozenset({"text", "data", "image", "audio", "file", "refusal"})
+_PART_TAGS = _PART_TYPES | {"other"}
+_JSON_TYPES = frozenset({"str", "dict", "list"})  # what pydantic calls the branches it tried
+_DEEPEST_PLACE = 8
+"""How many steps into a message an error names the place of."""
 
 
 def _part_tag(value: Any) -> str:
@@ -202,12 +206,17 @@ def _first_problem(error: ValidationError) -> str:
     # union tags and class names in its location would only puzzle them.
     problems = error.errors(include_url=False, include_input=False)
     problem = max(problems, key=lambda each: len(each["loc"]))
-    place = ".".join(str(step) for step in problem["loc"] if not _is_type_label(step))
-    return f"{place or 'value'}: {problem['msg']}"
-
-
-def _is_type_label(step: int | str) -> bool:
-    return isinstance(step, str) and (step in _PART_TYPES | {"other", "str"} or "[" in step)
+    place: list[str] = []
+    before: int | str = ""
+    for step in problem["loc"]:
+        is_tag = isinstance(before, int) and step in _PART_TAGS
+        is_type = isinstance(step, str) and (step in _JSON_TYPES or "[" in step)
+        if not is_tag and not is_type:
+            place.append(str(step))
+        before = step
+    if len(place) > _DEEPEST_PLACE:
+        place = [*place[:_DEEPEST_PLACE], "..."]
+    return f"{'.'.join(place) or 'value'}: {problem['msg']}"
 
 
 def returning(message_type: type[Any]) -> Callable[[dict[str, Any]], Any]:

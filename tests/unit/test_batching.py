@@ -1,0 +1,634 @@
+"""The batcher, on an event loop whose time is virtual: waits take no time and are exact.
+
+A loop on which every task waits for another and no timer runs raises instead of hanging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import selectors
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recallq.batching import Batcher, Draft
+from recallq.contract import DeleteJob, JobState, Lane, ListJob, Operation, Outcome, Scope
+from recallq.errors import ClientClosed, QueueFull
+from recallq.settings import ClientSettings
+
+SCOPE = Scope("default", "ann")
+LINGER = 0.005
+EPSILON = 1e-6
+DONE = Outcome(state=JobState.SUCCEEDED, result={})
+
+
+class _Selector(selectors.SelectSelector):
+    """Where the loop would wait, time jumps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(
+        self, timeout: float | None = None
+    ) -> list[tuple[selectors.SelectorKey, selectors._EventMask]]:
+        assert timeout is not None, "every task waits and nothing will ever happen"
+        self.now += timeout
+        return super().select(0)
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._virtual = _Selector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(main)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def turns(count: int = 3) -> None:
+    """Lets the loop go round, without time passing."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@dataclass
+class Sent:
+    """One batch as it left."""
+
+    at: float
+    lane: Lane
+    operation: Operation
+    drafts: list[Draft]
+
+    @property
+    def names(self) -> list[str]:
+        return [draft.job.id for draft in self.drafts]
+
+
+@dataclass
+class Broker:
+    """Takes batches; answers them when it is told to."""
+
+    sent: list[Sent] = field(default_factory=list)
+    before: Callable[[Sent], Awaitable[None]] | None = None
+    """Awaited while a batch is being sent."""
+
+    async def send(self, lane: Lane, operation: Operation, drafts: list[Draft]) -> None:
+        batch = Sent(now(), lane, operation, list(drafts))
+        self.sent.append(batch)
+        if self.before is not None:
+            await self.before(batch)
+
+    def answer(self, index: int) -> None:
+        for draft in self.sent[index].drafts:
+            if draft.outcome is not None and not draft.outcome.done():
+                draft.outcome.set_result(DONE)
+
+    @property
+    def batches(self) -> list[list[str]]:
+        return [batch.names for batch in self.sent]
+
+
+def make(broker: Broker, **changes: Any) -> Batcher:
+    return Batcher(ClientSettings.load(batch_linger=LINGER, **changes), broker.send)
+
+
+def put(
+    batcher: Batcher,
+    name: str,
+    size: int = 100,
+    *,
+    weight: int = 1,
+    lane: Lane = Lane.LIVE,
+    operation: Operation = Operation.LIST,
+    wait: bool = True,
+) -> Draft:
+    job = ListJob(id=name, scope=SCOPE, submitted_at=0, offset=0, limit=weight)
+    return batcher.put(lane, operation, job, size, wait=wait)
+
+
+async def use_up(batcher: Batcher, window: int = 4) -> None:
+    """Sends as many batches as may be unanswered, and leaves them so."""
+    for number in range(window):
+        await put(batcher, f"early {number}").accepted
+
+
+# --- when a job leaves --------------------------------------------------------------------------
+
+
+def test_one_job_leaves_at_once() -> None:
+    """Under low load a batch is one job and no time passes before it is sent."""
+
+    async def main() -> None:
+        broker = Broker()
+        draft = put(make(broker), "a")
+        await draft.accepted
+        assert broker.batches == [["a"]]
+        assert now() == 0.0
+        assert draft.outcome is not None
+        assert not draft.outcome.done()
+
+    run(main())
+
+
+def test_jobs_of_one_turn_share_a_batch() -> None:
+    """Whether one task calls several times or several tasks call at once."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker)
+
+        async def call(name: str) -> None:
+            await put(batcher, name).accepted
+
+        await asyncio.gather(*(call(name) for name in "abc"))
+        for name in "def":
+            put(batcher, name)
+        await turns()
+        assert broker.batches == [["a", "b", "c"], ["d", "e", "f"]]
+        assert now() == 0.0
+
+    run(main())
+
+
+def test_lanes_and_operations_travel_apart() -> None:
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker)
+        put(batcher, "live list")
+        put(batcher, "bulk list", lane=Lane.BULK)
+        put(batcher, "live search", operation=Operation.SEARCH)
+        put(batcher, "another live list")
+        await turns()
+        assert [(each.lane, each.operation, each.names) for each in broker.sent] == [
+            (Lane.LIVE, Operation.LIST, ["live list", "another live list"]),
+            (Lane.BULK, Operation.LIST, ["bulk list"]),
+            (Lane.LIVE, Operation.SEARCH, ["live search"]),
+        ]
+
+    run(main())
+
+
+def test_jobs_leave_at_once_until_the_window_is_used_up() -> None:
+    """Then the next one waits for company, but no longer than the linger."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=2)
+        await use_up(batcher, 2)
+        assert now() == 0.0
+        late = put(batcher, "late")
+        await turns(10)
+        assert broker.batches == [["early 0"], ["early 1"]]
+        await late.accepted
+        assert now() == pytest.approx(LINGER)
+
+    run(main())
+
+
+def test_jobs_gather_while_the_window_is_used_up() -> None:
+    """Calls of different moments leave in one batch."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=1)
+        await use_up(batcher, 1)
+        for name in "abcd":
+            put(batcher, name)
+            await asyncio.sleep(LINGER / 10)
+        await asyncio.sleep(2 * LINGER)
+        assert broker.batches == [["early 0"], ["a", "b", "c", "d"]]
+
+    run(main())
+
+
+def test_an_answer_lets_the_gathered_jobs_go() -> None:
+    """They do not wait out the linger when there is room again."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=2)
+        await use_up(batcher, 2)
+        late = put(batcher, "late")
+        await asyncio.sleep(LINGER / 5)
+        broker.answer(0)
+        await late.accepted
+        assert now() == pytest.approx(LINGER / 5)
+
+    run(main())
+
+
+def test_a_caller_that_gives_up_is_an_answer_too() -> None:
+    """A cancelled call's batch does not use up the window for ever."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=1)
+        first = put(batcher, "first")
+        await first.accepted
+        assert first.outcome is not None
+        first.outcome.cancel()
+        await turns(5)
+        await put(batcher, "second").accepted
+        assert now() == 0.0
+
+    run(main())
+
+
+def test_submitted_jobs_leave_room_as_soon_as_they_are_accepted() -> None:
+    """Nobody waits for their outcome, so there is no answer to wait for."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=1)
+        for number in range(10):
+            draft = put(batcher, str(number), wait=False)
+            assert draft.outcome is None
+            await draft.accepted
+            await turns()
+        assert len(broker.sent) == 10
+        assert now() == 0.0
+
+    run(main())
+
+
+def test_a_full_batch_leaves_though_the_window_is_used_up() -> None:
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=1, batch_max_jobs=3)
+        await use_up(batcher, 1)
+        for name in "abcd":
+            put(batcher, name)
+        await turns()
+        assert broker.batches == [["early 0"], ["a", "b", "c"]]
+        assert now() == 0.0
+        await asyncio.sleep(2 * LINGER)
+        assert broker.batches[2:] == [["d"]]
+
+    run(main())
+
+
+@pytest.mark.parametrize("every", [LINGER / 10, LINGER / 2, LINGER * 0.9])
+def test_a_job_does_not_wait_for_those_that_come_after_it(every: float) -> None:
+    """The linger counts from the first job that waits, however steadily others follow."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=1, batch_max_jobs=10_000)
+        await use_up(batcher, 1)
+        left: dict[str, float] = {}
+        came: dict[str, float] = {}
+        for number in range(40):
+            came[str(number)] = now()
+            put(batcher, str(number))
+            await asyncio.sleep(every)
+        await asyncio.sleep(2 * LINGER)
+        for batch in broker.sent[1:]:
+            left.update(dict.fromkeys(batch.names, batch.at))
+        assert left.keys() == came.keys()
+        assert max(left[name] - came[name] for name in came) <= LINGER + EPSILON
+
+    run(main())
+
+
+@given(
+    calls=st.lists(st.tuples(st.floats(0, 2 * LINGER), st.booleans()), min_size=1, max_size=30),
+    window=st.integers(1, 3),
+    max_jobs=st.integers(1, 10),
+    answered=st.sets(st.integers(0, 30)),
+)
+@settings(deadline=None)
+def test_no_job_ever_waits_longer_than_the_linger(
+    calls: list[tuple[float, bool]], window: int, max_jobs: int, answered: set[int]
+) -> None:
+    """Whatever comes when, and whether answers come or not."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=window, batch_max_jobs=max_jobs)
+        came: dict[str, float] = {}
+        for number, (pause, wait) in enumerate(calls):
+            came[str(number)] = now()
+            put(batcher, str(number), wait=wait)
+            await asyncio.sleep(pause)
+            if number in answered and number < len(broker.sent):
+                broker.answer(number)
+        await asyncio.sleep(2 * LINGER)
+        left = {name: batch.at for batch in broker.sent for name in batch.names}
+        assert left.keys() == came.keys()
+        assert max(left[name] - came[name] for name in came) <= LINGER + EPSILON
+
+    run(main())
+
+
+def test_a_stream_does_not_wait_for_another() -> None:
+    """Bulk work that fills its window leaves live work alone."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=1)
+        for number in range(20):
+            put(batcher, f"bulk {number}", lane=Lane.BULK)
+            await turns()
+        before = now()
+        await put(batcher, "live").accepted
+        assert now() == before
+        assert broker.sent[-1].names == ["live"]
+
+    run(main())
+
+
+# --- what fits in -------------------------------------------------------------------------------
+
+jobs = st.lists(
+    st.tuples(st.integers(0, 3000), st.integers(1, 12), st.booleans(), st.integers(0, 2)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(
+    calls=jobs,
+    max_jobs=st.integers(1, 8),
+    max_bytes=st.integers(1024, 4096),
+    max_records=st.integers(1, 20),
+    window=st.integers(1, 3),
+)
+@settings(max_examples=200, deadline=None)
+def test_batches_keep_their_limits_and_their_order(
+    calls: list[tuple[int, int, bool, int]],
+    max_jobs: int,
+    max_bytes: int,
+    max_records: int,
+    window: int,
+) -> None:
+    """Never more jobs, bytes or records than allowed, unless one job alone is more; every job
+    leaves exactly once, in the order of the calls; what was given up before it left does not."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(
+            broker,
+            batch_max_jobs=max_jobs,
+            batch_max_bytes=max_bytes,
+            batch_max_records=max_records,
+            batch_window=window,
+        )
+        drafts: list[Draft] = []
+        for number, (size, weight, give_up, pause) in enumerate(calls):
+            drafts.append(put(batcher, str(number), size, weight=weight))
+            if give_up:
+                drafts[-1].accepted.cancel()
+            await turns(pause)
+        await asyncio.sleep(2 * LINGER)
+        for batch in broker.sent:
+            assert batch.drafts
+            if len(batch.drafts) > 1:
+                assert len(batch.drafts) <= max_jobs
+                assert sum(draft.size for draft in batch.drafts) <= max_bytes
+                assert sum(draft.job.weight for draft in batch.drafts) <= max_records
+        left = [name for batch in broker.sent for name in batch.names]
+        wanted = [str(number) for number, call in enumerate(calls) if not call[2]]
+        assert left == wanted
+        assert all(draft.accepted.done() for draft in drafts)
+
+    run(main())
+
+
+def test_a_burst_fills_whole_batches() -> None:
+    """Many calls at once make few batches, not many."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_max_jobs=64)
+        for number in range(1000):
+            put(batcher, str(number))
+        await asyncio.sleep(2 * LINGER)
+        assert [len(each.drafts) for each in broker.sent] == [64] * 15 + [40]
+        assert [name for batch in broker.batches for name in batch] == list(map(str, range(1000)))
+
+    run(main())
+
+
+def test_a_job_beyond_the_limits_travels_alone() -> None:
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_max_bytes=1024, batch_max_records=5)
+        for name, size, weight in [("a", 1, 1), ("b", 9999, 1), ("c", 1, 99), ("d", 1, 1)]:
+            put(batcher, name, size, weight=weight)
+        await turns()
+        assert broker.batches == [["a"], ["b"], ["c"], ["d"]]
+
+    run(main())
+
+
+def test_limits_are_reached_exactly() -> None:
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_max_bytes=1024, batch_max_records=10)
+        put(batcher, "a", 512, weight=1)
+        put(batcher, "b", 512, weight=1)
+        put(batcher, "c", 1, weight=1)
+        await turns()
+        for name in "def":
+            put(batcher, name, 1, weight=5)
+        await turns()
+        assert broker.batches == [["a", "b"], ["c"], ["d", "e"], ["f"]]
+
+    run(main())
+
+
+# --- who gave up --------------------------------------------------------------------------------
+
+
+def test_a_batch_of_which_all_gave_up_is_not_sent() -> None:
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker)
+        for name in "abc":
+            put(batcher, name).accepted.cancel()
+        await asyncio.sleep(2 * LINGER)
+        assert broker.sent == []
+        await put(batcher, "d").accepted
+        assert broker.batches == [["d"]]
+        assert now() == pytest.approx(2 * LINGER)
+
+    run(main())
+
+
+def test_giving_up_while_the_batch_is_sent_harms_nobody_else() -> None:
+    async def main() -> None:
+        sending = asyncio.Event()
+        broker = Broker(before=lambda _: _wait(sending))
+        batcher = make(broker)
+        first, second = put(batcher, "a"), put(batcher, "b")
+        await turns()
+        first.accepted.cancel()
+        assert first.outcome is not None
+        first.outcome.cancel()
+        sending.set()
+        await second.accepted
+        assert broker.batches == [["a", "b"]]
+
+    run(main())
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [QueueFull("full", retry_after=1.5), OSError("gone"), ValueError("a defect")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_a_batch_that_cannot_be_sent_fails_for_each_of_its_callers(error: Exception) -> None:
+    """Whatever the error is, those who wait see it, and nobody else."""
+
+    async def main() -> None:
+        async def fail_once(batch: Sent) -> None:
+            if len(broker.sent) == 1:
+                raise error
+
+        broker = Broker(before=fail_once)
+        batcher = make(broker, batch_window=1)
+        drafts = [put(batcher, name) for name in "abc"]
+        for draft in drafts:
+            with pytest.raises(type(error)) as caught:
+                await draft.accepted
+            assert caught.value is error
+        await put(batcher, "d").accepted
+        assert now() == 0.0
+
+    run(main())
+
+
+def test_a_failure_that_nobody_fetches_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The caller may be gone; asyncio would complain of an exception never retrieved."""
+
+    async def main() -> None:
+        async def fail(batch: Sent) -> None:
+            raise OSError("gone")
+
+        batcher = make(Broker(before=fail))
+        put(batcher, "a")
+        await turns(5)
+        await batcher.close()
+
+    run(main())
+    gc.collect()
+    assert caplog.records == []
+
+
+# --- the end ------------------------------------------------------------------------------------
+
+
+def test_after_the_end_nothing_is_taken() -> None:
+    async def main() -> None:
+        batcher = make(Broker())
+        await batcher.close()
+        with pytest.raises(ClientClosed):
+            put(batcher, "a")
+        await batcher.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("turns_before", range(6))
+@pytest.mark.parametrize("wait", [True, False])
+def test_the_end_ends_every_call_whenever_it_comes(turns_before: int, wait: bool) -> None:
+    """A call is either accepted or refused: none is left waiting for an answer to neither."""
+
+    async def main() -> None:
+        never = asyncio.Event()
+        broker = Broker(before=lambda _: _wait(never))
+        batcher = make(broker, batch_window=1, batch_max_jobs=2)
+        drafts = [put(batcher, name, wait=wait) for name in "abcde"]
+        await turns(turns_before)
+        await batcher.close()
+        for draft in drafts:
+            assert draft.accepted.done(), f"{draft.job.id} waits for ever"
+            with pytest.raises(ClientClosed):
+                await draft.accepted
+
+    run(main())
+
+
+def test_the_end_leaves_no_task_and_no_timer_behind() -> None:
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=1)
+        await use_up(batcher, 1)
+        waiting = put(batcher, "waiting")
+        await turns()
+        await batcher.close()
+        with pytest.raises(ClientClosed):
+            await waiting.accepted
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await asyncio.sleep(10 * LINGER)
+        assert broker.batches == [["early 0"]]
+
+    run(main())
+
+
+def test_what_was_accepted_before_the_end_stays_accepted() -> None:
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker)
+        draft = put(batcher, "a")
+        await draft.accepted
+        await batcher.close()
+        assert draft.accepted.result() is None
+
+    run(main())
+
+
+def test_a_call_cancelled_while_it_waits_does_not_leave() -> None:
+    """As when a caller's timeout passes while jobs gather."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=1)
+        await use_up(batcher, 1)
+
+        async def call(name: str) -> None:
+            async with asyncio.timeout(LINGER / 2):
+                await put(batcher, name).accepted
+
+        with pytest.raises(TimeoutError):
+            await call("impatient")
+        patient = put(batcher, "patient")
+        await patient.accepted
+        assert broker.batches == [["early 0"], ["patient"]]
+
+    run(main())
+
+
+def test_jobs_of_any_kind_are_carried() -> None:
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker)
+        job = DeleteJob(id="d", scope=SCOPE, submitted_at=0)
+        draft = batcher.put(Lane.LIVE, Operation.DELETE, job, 0, wait=True)
+        await draft.accepted
+        assert broker.sent[0].drafts == [draft]
+        assert broker.sent[0].drafts[0].job is job
+
+    run(main())
