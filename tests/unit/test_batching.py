@@ -1,14 +1,10 @@
-"""The batcher, on an event loop whose time is virtual: waits take no time and are exact.
-
-A loop on which every task waits for another and no timer runs raises instead of hanging.
-"""
+"""The batcher, in virtual time: who leaves when, with whom, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import selectors
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,44 +16,12 @@ from recallq.batching import Batcher, Draft
 from recallq.contract import DeleteJob, JobState, Lane, ListJob, Operation, Outcome, Scope
 from recallq.errors import ClientClosed, QueueFull
 from recallq.settings import ClientSettings
+from tests.virtual_time import now, run_virtually
 
 SCOPE = Scope("default", "ann")
 LINGER = 0.005
 EPSILON = 1e-6
 DONE = Outcome(state=JobState.SUCCEEDED, result={})
-
-
-class _Selector(selectors.SelectSelector):
-    """Where the loop would wait, time jumps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(
-        self, timeout: float | None = None
-    ) -> list[tuple[selectors.SelectorKey, selectors._EventMask]]:
-        assert timeout is not None, "every task waits and nothing will ever happen"
-        self.now += timeout
-        return super().select(0)
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._virtual = _Selector()
-        super().__init__(self._virtual)
-
-    def time(self) -> float:
-        return self._virtual.now
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(main)
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 async def turns(count: int = 3) -> None:
@@ -143,7 +107,7 @@ def test_one_job_leaves_at_once() -> None:
         assert draft.outcome is not None
         assert not draft.outcome.done()
 
-    run(main())
+    run_virtually(main())
 
 
 def test_jobs_of_one_turn_share_a_batch() -> None:
@@ -163,7 +127,7 @@ def test_jobs_of_one_turn_share_a_batch() -> None:
         assert broker.batches == [["a", "b", "c"], ["d", "e", "f"]]
         assert now() == 0.0
 
-    run(main())
+    run_virtually(main())
 
 
 def test_lanes_and_operations_travel_apart() -> None:
@@ -181,7 +145,7 @@ def test_lanes_and_operations_travel_apart() -> None:
             (Lane.LIVE, Operation.SEARCH, ["live search"]),
         ]
 
-    run(main())
+    run_virtually(main())
 
 
 def test_jobs_leave_at_once_until_the_window_is_used_up() -> None:
@@ -198,7 +162,7 @@ def test_jobs_leave_at_once_until_the_window_is_used_up() -> None:
         await late.accepted
         assert now() == pytest.approx(LINGER)
 
-    run(main())
+    run_virtually(main())
 
 
 def test_jobs_gather_while_the_window_is_used_up() -> None:
@@ -214,7 +178,7 @@ def test_jobs_gather_while_the_window_is_used_up() -> None:
         await asyncio.sleep(2 * LINGER)
         assert broker.batches == [["early 0"], ["a", "b", "c", "d"]]
 
-    run(main())
+    run_virtually(main())
 
 
 def test_an_answer_lets_the_gathered_jobs_go() -> None:
@@ -230,7 +194,7 @@ def test_an_answer_lets_the_gathered_jobs_go() -> None:
         await late.accepted
         assert now() == pytest.approx(LINGER / 5)
 
-    run(main())
+    run_virtually(main())
 
 
 def test_a_caller_that_gives_up_is_an_answer_too() -> None:
@@ -247,7 +211,7 @@ def test_a_caller_that_gives_up_is_an_answer_too() -> None:
         await put(batcher, "second").accepted
         assert now() == 0.0
 
-    run(main())
+    run_virtually(main())
 
 
 def test_submitted_jobs_leave_room_as_soon_as_they_are_accepted() -> None:
@@ -264,7 +228,7 @@ def test_submitted_jobs_leave_room_as_soon_as_they_are_accepted() -> None:
         assert len(broker.sent) == 10
         assert now() == 0.0
 
-    run(main())
+    run_virtually(main())
 
 
 def test_a_full_batch_leaves_though_the_window_is_used_up() -> None:
@@ -280,7 +244,7 @@ def test_a_full_batch_leaves_though_the_window_is_used_up() -> None:
         await asyncio.sleep(2 * LINGER)
         assert broker.batches[2:] == [["d"]]
 
-    run(main())
+    run_virtually(main())
 
 
 @pytest.mark.parametrize("every", [LINGER / 10, LINGER / 2, LINGER * 0.9])
@@ -303,7 +267,7 @@ def test_a_job_does_not_wait_for_those_that_come_after_it(every: float) -> None:
         assert left.keys() == came.keys()
         assert max(left[name] - came[name] for name in came) <= LINGER + EPSILON
 
-    run(main())
+    run_virtually(main())
 
 
 @given(
@@ -333,7 +297,7 @@ def test_no_job_ever_waits_longer_than_the_linger(
         assert left.keys() == came.keys()
         assert max(left[name] - came[name] for name in came) <= LINGER + EPSILON
 
-    run(main())
+    run_virtually(main())
 
 
 def test_a_stream_does_not_wait_for_another() -> None:
@@ -350,7 +314,7 @@ def test_a_stream_does_not_wait_for_another() -> None:
         assert now() == before
         assert broker.sent[-1].names == ["live"]
 
-    run(main())
+    run_virtually(main())
 
 
 # --- what fits in -------------------------------------------------------------------------------
@@ -407,7 +371,7 @@ def test_batches_keep_their_limits_and_their_order(
         assert left == wanted
         assert all(draft.accepted.done() for draft in drafts)
 
-    run(main())
+    run_virtually(main())
 
 
 def test_a_burst_fills_whole_batches() -> None:
@@ -422,7 +386,7 @@ def test_a_burst_fills_whole_batches() -> None:
         assert [len(each.drafts) for each in broker.sent] == [64] * 15 + [40]
         assert [name for batch in broker.batches for name in batch] == list(map(str, range(1000)))
 
-    run(main())
+    run_virtually(main())
 
 
 def test_a_job_beyond_the_limits_travels_alone() -> None:
@@ -434,7 +398,7 @@ def test_a_job_beyond_the_limits_travels_alone() -> None:
         await turns()
         assert broker.batches == [["a"], ["b"], ["c"], ["d"]]
 
-    run(main())
+    run_virtually(main())
 
 
 def test_limits_are_reached_exactly() -> None:
@@ -450,7 +414,7 @@ def test_limits_are_reached_exactly() -> None:
         await turns()
         assert broker.batches == [["a", "b"], ["c"], ["d", "e"], ["f"]]
 
-    run(main())
+    run_virtually(main())
 
 
 # --- who gave up --------------------------------------------------------------------------------
@@ -468,7 +432,7 @@ def test_a_batch_of_which_all_gave_up_is_not_sent() -> None:
         assert broker.batches == [["d"]]
         assert now() == pytest.approx(2 * LINGER)
 
-    run(main())
+    run_virtually(main())
 
 
 def test_giving_up_while_the_batch_is_sent_harms_nobody_else() -> None:
@@ -485,7 +449,7 @@ def test_giving_up_while_the_batch_is_sent_harms_nobody_else() -> None:
         await second.accepted
         assert broker.batches == [["a", "b"]]
 
-    run(main())
+    run_virtually(main())
 
 
 async def _wait(event: asyncio.Event) -> None:
@@ -517,7 +481,7 @@ def test_a_batch_that_cannot_be_sent_fails_for_each_of_its_callers(error: Except
         await put(batcher, "d").accepted
         assert now() == 0.0
 
-    run(main())
+    run_virtually(main())
 
 
 def test_a_failure_that_nobody_fetches_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -532,7 +496,7 @@ def test_a_failure_that_nobody_fetches_is_not_logged(caplog: pytest.LogCaptureFi
         await turns(5)
         await batcher.close()
 
-    run(main())
+    run_virtually(main())
     gc.collect()
     assert caplog.records == []
 
@@ -548,7 +512,7 @@ def test_after_the_end_nothing_is_taken() -> None:
             put(batcher, "a")
         await batcher.close()
 
-    run(main())
+    run_virtually(main())
 
 
 @pytest.mark.parametrize("turns_before", range(6))
@@ -568,7 +532,7 @@ def test_the_end_ends_every_call_whenever_it_comes(turns_before: int, wait: bool
             with pytest.raises(ClientClosed):
                 await draft.accepted
 
-    run(main())
+    run_virtually(main())
 
 
 def test_the_end_leaves_no_task_and_no_timer_behind() -> None:
@@ -585,7 +549,7 @@ def test_the_end_leaves_no_task_and_no_timer_behind() -> None:
         await asyncio.sleep(10 * LINGER)
         assert broker.batches == [["early 0"]]
 
-    run(main())
+    run_virtually(main())
 
 
 def test_what_was_accepted_before_the_end_stays_accepted() -> None:
@@ -597,7 +561,7 @@ def test_what_was_accepted_before_the_end_stays_accepted() -> None:
         await batcher.close()
         assert draft.accepted.result() is None
 
-    run(main())
+    run_virtually(main())
 
 
 def test_a_call_cancelled_while_it_waits_does_not_leave() -> None:
@@ -618,7 +582,7 @@ def test_a_call_cancelled_while_it_waits_does_not_leave() -> None:
         await patient.accepted
         assert broker.batches == [["early 0"], ["patient"]]
 
-    run(main())
+    run_virtually(main())
 
 
 def test_jobs_of_any_kind_are_carried() -> None:
@@ -631,4 +595,4 @@ def test_jobs_of_any_kind_are_carried() -> None:
         assert broker.sent[0].drafts == [draft]
         assert broker.sent[0].drafts[0].job is job
 
-    run(main())
+    run_virtually(main())

@@ -11,7 +11,7 @@ import orjson
 import pytest
 from celery import Celery
 from hypothesis import given, settings
-from kombu import Connection
+from kombu.connection import Connection
 from redis import Redis
 
 from recallq.contract import Operation
@@ -130,7 +130,7 @@ def test_ids_are_the_messages_own(envelope: CeleryEnvelope) -> None:
 def receive(redis_url: str, redis: Redis, queue: str, entry: bytes) -> Any:
     """What kombu makes of a queue entry."""
     redis.lpush(queue, entry)
-    with Connection(redis_url) as connection:
+    with Connection(redis_url) as connection:  # type: ignore[no-untyped-call]
         taken = connection.SimpleQueue(queue)
         message = taken.get(timeout=5)
         message.ack()

@@ -13,7 +13,6 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest import MonkeyPatch
 
 from recallq.clock import FleetClock
 from recallq.contract import (
@@ -172,9 +171,7 @@ def test_the_tenant_is_in_every_scope() -> None:
 
 
 def test_filters_reach_the_job(requests: Requests) -> None:
-    found = search(
-        requests, filters={"top_k": 3, "session_id": "s", "score_threshold": 1}
-    )
+    found = search(requests, filters={"top_k": 3, "session_id": "s", "score_threshold": 1})
     assert found is not None
     read = sent(found)
     assert isinstance(read, SearchJob)
@@ -529,7 +526,7 @@ def test_order_keys_rise_even_when_the_clock_goes_back(requests: Requests, clock
     assert orders[-1] == int((NOW + 2) * 1_000_000)
 
 
-def test_the_uncalibrated_clock_is_the_machines(monkeypatch: MonkeyPatch) -> None:
+def test_the_uncalibrated_clock_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until Redis was asked, and unmoved by a step of the wall clock afterwards."""
     clock = FleetClock()
     assert abs(clock.now() - time.time()) < 1
