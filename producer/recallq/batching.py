@@ -13,6 +13,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from recallq.contract import AnyJob, Lane, Operation, Outcome
 from recallq.errors import ClientClosed
@@ -26,6 +27,8 @@ class Draft:
     job: AnyJob
     size: int
     """Bytes it will take in the message, about."""
+    came_at: float
+    """When it was called, on the event loop's clock."""
     accepted: asyncio.Future[None]
     """Done once its batch is in the ledger and on the queue."""
     outcome: asyncio.Future[Outcome] | None
@@ -56,7 +59,7 @@ class Batcher:
         self._settings = settings
         self._send = send
         self._streams: dict[tuple[Lane, Operation], _Stream] = {}
-        self._sending: set[asyncio.Task[None]] = set()
+        self._sending: dict[asyncio.Task[None], list[Draft]] = {}
         self._closed = False
 
     def put(self, lane: Lane, operation: Operation, job: AnyJob, size: int, *, wait: bool) -> Draft:
@@ -64,7 +67,8 @@ class Batcher:
         if self._closed:
             raise ClientClosed("the client was stopped")
         loop = asyncio.get_running_loop()
-        draft = Draft(job, size, loop.create_future(), loop.create_future() if wait else None)
+        outcome = loop.create_future() if wait else None
+        draft = Draft(job, size, loop.time(), loop.create_future(), outcome)
         stream = self._streams.get((lane, operation))
         if stream is None:
             stream = self._streams[lane, operation] = _Stream(lane, operation)
@@ -74,7 +78,7 @@ class Batcher:
         if not stream.scheduled:
             # Not at once: what is called in the same turn of the loop shares the batch.
             stream.scheduled = True
-            loop.call_soon(self._pump, stream, False)
+            loop.call_soon(self._pump, stream)
         return draft
 
     async def close(self) -> None:
@@ -85,27 +89,36 @@ class Batcher:
                 stream.timer.cancel()
             while stream.waiting:
                 _fail(stream.waiting.popleft(), ClientClosed("the client was stopped"))
-        for task in self._sending:
+        sending = dict(self._sending)
+        for task in sending:
             task.cancel()
-        await asyncio.gather(*self._sending, return_exceptions=True)
+        await asyncio.gather(*sending, return_exceptions=True)
+        for drafts in sending.values():  # of tasks that were cancelled before their first step
+            for draft in drafts:
+                _fail(draft, ClientClosed("the client was stopped"))
 
-    def _pump(self, stream: _Stream, lingered: bool) -> None:
+    def _pump(self, stream: _Stream) -> None:
+        """Sends what may leave, and sees to it that it is called again for the rest."""
+        loop = asyncio.get_running_loop()
+        linger = self._settings.batch_linger
         stream.scheduled = False
         if stream.timer is not None:
             stream.timer.cancel()
             stream.timer = None
         while stream.waiting and (
-            lingered or stream.unanswered < self._settings.batch_window or self._full(stream)
+            stream.unanswered < self._settings.batch_window
+            or self._full(stream)
+            or loop.time() >= stream.waiting[0].came_at + linger
         ):
             drafts = self._take(stream)
             if drafts:
                 stream.unanswered += 1
-                task = asyncio.get_running_loop().create_task(self._dispatch(stream, drafts))
-                self._sending.add(task)
-                task.add_done_callback(self._sending.discard)
+                task = loop.create_task(self._dispatch(stream, drafts))
+                self._sending[task] = drafts
+                task.add_done_callback(partial(self._answered, stream))
         if stream.waiting and not self._closed:
-            loop = asyncio.get_running_loop()
-            stream.timer = loop.call_later(self._settings.batch_linger, self._pump, stream, True)
+            # Counted from the oldest, however steadily others follow it.
+            stream.timer = loop.call_at(stream.waiting[0].came_at + linger, self._pump, stream)
 
     def _full(self, stream: _Stream) -> bool:
         settings = self._settings
@@ -155,10 +168,13 @@ class Batcher:
             outcomes = [draft.outcome for draft in drafts if draft.outcome is not None]
             if outcomes:
                 await asyncio.wait(outcomes)
-        finally:
-            stream.unanswered -= 1
-            if not self._closed:
-                self._pump(stream, False)
+
+    def _answered(self, stream: _Stream, task: asyncio.Task[None]) -> None:
+        """A batch is answered, or was refused: another may leave."""
+        del self._sending[task]
+        stream.unanswered -= 1
+        if not self._closed:
+            self._pump(stream)
 
 
 def _fail(draft: Draft, error: BaseException) -> None:

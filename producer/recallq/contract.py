@@ -97,9 +97,9 @@ class Job(BaseModel):
 
 
 class AddJob(Job):
-    messages: list[Any]
+    messages: list[dict[str, Any]]
     """JSON objects. The producer holds them already encoded, as `orjson.Fragment`."""
-    order: int
+    order: int = Field(ge=0, lt=2**53)
     """Order key: microseconds on the shared clock at submission, unique within a producer."""
     idempotency_key: str | None = None
 
@@ -235,6 +235,8 @@ def decode_batch(payload: object) -> AnyBatch:
         place = ".".join(map(str, problem["loc"]))
         raise UndecodableJob(f"{place or 'batch'}: {problem['msg']}") from error
     _check_version(batch.v)
+    for index, job in enumerate(batch.jobs):
+        job.id = job.id or f"{batch.id}-{index}"
     return batch
 
 

@@ -45,8 +45,11 @@ class MissingExtra(ConfigurationError):
     """A backend or command needs an optional dependency that is not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an extra: pip install 'recallq[{extra}]'")
+        super().__init__(what, extra)
         self.extra = extra
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} needs an extra: pip install 'recallq[{self.extra}]'"
 
 
 class ServiceUnavailable(RecallQError, ConnectionError):
@@ -59,7 +62,7 @@ class QueueFull(RecallQError):
     `retry_after` is in seconds. Nothing of the refused call was enqueued.
     """
 
-    def __init__(self, message: str, *, retry_after: float) -> None:
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
@@ -176,8 +179,11 @@ def to_wire(error: JobError) -> dict[str, Any]:
 
 def from_wire(wire: dict[str, Any], *, job_id: str | None) -> JobError:
     """The error that `to_wire` described; an unknown code becomes a plain `JobFailed`."""
-    cls = _BY_CODE.get(wire.get("code", ""), JobFailed)
+    code = wire.get("code")
+    cls = _BY_CODE.get(code, JobFailed) if isinstance(code, str) else JobFailed
     message = str(wire.get("message", "the job failed"))
     if cls is BackendUnavailable:
-        return BackendUnavailable(message, job_id=job_id, retry_after=wire.get("retry_after"))
+        after = wire.get("retry_after")
+        known = isinstance(after, (int, float)) and not isinstance(after, bool)
+        return BackendUnavailable(message, job_id=job_id, retry_after=after if known else None)
     return cls(message, job_id=job_id)

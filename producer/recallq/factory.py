@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from recallq.client import MemoryClient
 from recallq.errors import ConfigurationError
 from recallq.reference import ReferenceSettings
+from recallq.settings import ENV_PREFIX
 
 _WORKER_SETTINGS = {
     "ttl_seconds": "RECALLQ_STORE_TTL",
@@ -49,20 +51,25 @@ class MemoryServiceFactory:
                 )
             kwargs.pop(name, None)
         message_type = kwargs.pop("message_type", None)
+        given = {name: kwargs.pop(name) for name in _CONNECTION_ARGUMENTS & kwargs.keys()}
         reference = ReferenceSettings.load(
-            **{
-                f"redis_{name}": kwargs.pop(name)
-                for name in sorted(_CONNECTION_ARGUMENTS & kwargs.keys())
-            }
+            **{f"redis_{name}": value for name, value in given.items()}
         )
-        backend = backend_type.lower() if backend_type is not None else reference.backend
-        if backend is not None:
-            kwargs["backend"] = backend
-        if reference.redis_redis_url is not None:
-            kwargs.setdefault("redis_url", reference.redis_redis_url)
-        if reference.redis_socket_connect_timeout is not None:
-            kwargs.setdefault("connect_timeout", reference.redis_socket_connect_timeout)
-        url = kwargs.pop("redis_url", None)
+
+        def choose(own: str, argument: Any, inherited: Any) -> Any:
+            """Arguments first, then RecallQ's own variable, then the reference's."""
+            if argument is not None:
+                return argument
+            return None if os.environ.get(ENV_PREFIX + own) else inherited
+
+        backend = choose("BACKEND", backend_type, reference.backend)
+        kwargs.setdefault("backend", backend.lower() if backend is not None else None)
+        url = choose("REDIS_URL", given.get("redis_url"), reference.redis_redis_url)
+        timeout = given.get("socket_connect_timeout")
+        kwargs.setdefault(
+            "connect_timeout",
+            choose("CONNECT_TIMEOUT", timeout, reference.redis_socket_connect_timeout),
+        )
         if message_type is not None:
             kwargs["message_type"] = message_type
         client = MemoryClient(url, **kwargs)

@@ -15,9 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias, cast
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Discriminator, JsonValue, Tag, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    JsonValue,
+    StrictStr,
+    Tag,
+    ValidationError,
+)
 
 from recallq.errors import ConfigurationError, InvalidInput
+from recallq.jsonable import MAX_DEPTH, why_not_json
 
 
 class ContentPart(BaseModel):
@@ -26,7 +35,7 @@ class ContentPart(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, JsonValue]
 
-    type: str
+    type: StrictStr
 
     def model_post_init(self, context: Any, /) -> None:
         # Messages are stored without the defaults nobody set, but a part without its type could
@@ -36,7 +45,7 @@ class ContentPart(BaseModel):
 
 class TextPart(ContentPart):
     type: Literal["text"] = "text"
-    text: str | None = None
+    text: StrictStr | None = None
 
 
 class DataPart(ContentPart):
@@ -54,27 +63,24 @@ class ImagePart(ContentPart):
 class AudioPart(ContentPart):
     type: Literal["audio"] = "audio"
     data: JsonValue = None
-    format: str | None = None
+    format: StrictStr | None = None
 
 
 class FilePart(ContentPart):
     type: Literal["file"] = "file"
-    file_url: str | None = None
-    file_id: str | None = None
-    filename: str | None = None
-    file_data: str | None = None
+    file_url: StrictStr | None = None
+    file_id: StrictStr | None = None
+    filename: StrictStr | None = None
+    file_data: StrictStr | None = None
 
 
 class RefusalPart(ContentPart):
     type: Literal["refusal"] = "refusal"
-    refusal: str | None = None
+    refusal: StrictStr | None = None
 
 
 _PART_TYPES = frozenset({"text", "data", "image", "audio", "file", "refusal"})
 _PART_TAGS = _PART_TYPES | {"other"}
-_JSON_TYPES = frozenset({"str", "dict", "list"})  # what pydantic calls the branches it tried
-_DEEPEST_PLACE = 8
-"""How many steps into a message an error names the place of."""
 
 
 def _part_tag(value: Any) -> str:
@@ -104,9 +110,9 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, JsonValue]
 
-    role: str | None = None
-    type: str = "message"
-    content: str | list[AnyPart] | None = None
+    role: StrictStr | None = None
+    type: StrictStr = "message"
+    content: StrictStr | list[AnyPart] | None = None
 
     @classmethod
     def _of(cls, role: str, text: str, extra: dict[str, Any]) -> Self:
@@ -159,7 +165,10 @@ def to_message(value: MessageLike, where: str = "message") -> Message:
     if isinstance(value, str):
         return Message.user(value)
     if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
+        try:
+            value = value.model_dump(mode="json")
+        except Exception as error:
+            raise InvalidInput(f"{where} cannot be written as JSON: {error}") from error
     elif not isinstance(value, Mapping) and callable(getattr(value, "to_dict", None)):
         value = value.to_dict()
     if not isinstance(value, Mapping):
@@ -172,7 +181,7 @@ def to_message(value: MessageLike, where: str = "message") -> Message:
     try:
         return Message.model_validate(value)
     except ValidationError as error:
-        raise InvalidInput(f"{where}: {_first_problem(error)}") from error
+        raise InvalidInput(f"{where}: {_explain(value, error)}") from error
 
 
 def to_messages(values: MessageLike | Sequence[MessageLike]) -> list[Message]:
@@ -189,34 +198,45 @@ def to_messages(values: MessageLike | Sequence[MessageLike]) -> list[Message]:
 def encode_message(message: Message, where: str, limit: int) -> bytes:
     """`message` as compact JSON of at most `limit` bytes; `InvalidInput` where it cannot be."""
     try:
-        encoded = orjson.dumps(message.model_dump(exclude_unset=True))
+        plain = message.model_dump(exclude_unset=True, warnings="error")
+        encoded = orjson.dumps(plain)
     except (TypeError, ValueError) as error:
-        # Lone surrogates, integers beyond 64 bits, fields assigned after validation.
-        raise InvalidInput(f"{where} cannot be written as JSON: {error}") from error
+        # Lone surrogates, integers beyond 64 bits, fields that were assigned after validation.
+        raise InvalidInput(f"{where}: {why_not_json(message.__dict__) or error}") from error
+    if b"null" in encoded and (problem := why_not_json(plain)):  # orjson writes null for nan
+        raise InvalidInput(f"{where}: {problem}")
     if len(encoded) > limit:
         raise InvalidInput(
             f"{where} is {len(encoded):,} bytes and the limit is {limit:,}; "
             "store large content elsewhere and keep a reference, or raise max_message_bytes"
         )
+    brackets = encoded.count(b"{") + encoded.count(b"[")
+    if brackets > MAX_DEPTH and (problem := why_not_json(plain)):
+        raise InvalidInput(f"{where}: {problem}")
     return encoded
 
 
-def _first_problem(error: ValidationError) -> str:
-    # Of a union's complaints the one that got furthest in is the one about what the caller meant;
-    # union tags and class names in its location would only puzzle them.
-    problems = error.errors(include_url=False, include_input=False)
-    problem = max(problems, key=lambda each: len(each["loc"]))
+def _explain(value: Mapping[str, Any], error: ValidationError) -> str:
+    """Why `value` is no message, in the caller's words."""
+    problem = why_not_json(value)
+    if problem is not None:
+        return problem
+    # It is JSON, so one of the known fields is wrong. Of a union's complaints the one that got
+    # furthest in is the one about what the caller meant.
+    complaint = max(
+        error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"])
+    )
     place: list[str] = []
     before: int | str = ""
-    for step in problem["loc"]:
+    for step in complaint["loc"]:
         is_tag = isinstance(before, int) and step in _PART_TAGS
-        is_type = isinstance(step, str) and (step in _JSON_TYPES or "[" in step)
-        if not is_tag and not is_type:
+        if not is_tag and step != "str" and not str(step).startswith("list["):
             place.append(str(step))
         before = step
-    if len(place) > _DEEPEST_PLACE:
-        place = [*place[:_DEEPEST_PLACE], "..."]
-    return f"{'.'.join(place) or 'value'}: {problem['msg']}"
+    said = complaint["msg"]
+    if complaint["type"] in ("model_type", "model_attributes_type"):
+        said = "must be a dictionary with a 'type'"
+    return f"{'.'.join(place) or 'value'}: {said}"
 
 
 def returning(message_type: type[Any]) -> Callable[[dict[str, Any]], Any]:
@@ -265,45 +285,48 @@ def message_text(message: Mapping[str, Any]) -> str:
 def _part_text(part: Any) -> Iterator[str]:
     if not isinstance(part, Mapping):
         return
-    media = part.get("type") in _MEDIA_TYPES
+    kind = part.get("type")
+    media = isinstance(kind, str) and kind in _MEDIA_TYPES
     for field in _PART_FIELDS:
         value = part.get(field)
         if value is None or (media and field == "data"):
             continue
         if field in ("function", "input_audio") and isinstance(value, Mapping):
-            yield from _part_text({**value, "type": part.get("type")})
+            inner = {name: value.get(name) for name in ("name", "arguments", "transcript")}
+            yield from _leaves(inner, parse=True)
         elif field == "content" and isinstance(value, list):
-            for inner in value:
-                yield from [inner] if isinstance(inner, str) else _part_text(inner)
-        elif field == "text":
-            yield from _leaves(value, parse=False)
+            for inner_part in value:
+                said = inner_part.get("text") if isinstance(inner_part, Mapping) else inner_part
+                yield from _leaves(said, parse=False)
         else:
-            yield from _leaves(value, parse=True)
+            yield from _leaves(value, parse=field != "text")
 
 
 def _leaves(value: Any, *, parse: bool) -> Iterator[str]:
-    """The strings and numbers inside `value`.
+    """The strings and numbers inside `value`, in order.
 
     With `parse`, a string that is itself a JSON object or array - as tool-call arguments are - is
     looked into: its text may be escaped (``\\u676d``) and would otherwise never be found.
     """
-    if isinstance(value, str):
-        if parse and value[:1] in ("{", "["):
-            try:
-                inner = orjson.loads(value)
-            except ValueError:
-                yield value
+    waiting = [(value, parse)]
+    while waiting:
+        each, look_into = waiting.pop()
+        if isinstance(each, str):
+            inner = _parsed(each) if look_into and each[:1] in ("{", "[") else None
+            if inner is None:
+                yield each
             else:
-                yield from _leaves(inner, parse=False)
-        else:
-            yield value
-    elif isinstance(value, bool) or value is None:
-        return
-    elif isinstance(value, (int, float)):
-        yield str(value)
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _leaves(inner, parse=parse)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner, parse=parse)
+                waiting.append((inner, False))
+        elif isinstance(each, Mapping):
+            waiting += [(inner, look_into) for inner in reversed(list(each.values()))]
+        elif isinstance(each, list):
+            waiting += [(inner, look_into) for inner in reversed(each)]
+        elif isinstance(each, (int, float)) and not isinstance(each, bool):
+            yield str(each)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        return None

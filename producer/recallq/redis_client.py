@@ -20,9 +20,10 @@ from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from redis import DriverInfo, exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import RedisError
 
 from recallq.errors import ServiceUnavailable
 
@@ -32,6 +33,8 @@ COMMAND_TIMEOUT = 10.0
 # Made once: left to itself, redis-py reads its package's metadata from disk for every connection it
 # makes, in the middle of the event loop.
 _DRIVER = DriverInfo()
+
+_SCHEMES = ("redis://", "rediss://", "unix://")
 
 # A silent peer is asked after 15 s, and given up after three more unanswered questions.
 _KEEPALIVE = {
@@ -74,6 +77,21 @@ def connect(
         **options,
     )
     return Redis.from_pool(pool)
+
+
+def check_url(url: str) -> str:
+    """`url`, if a connection can be made from it. Raises ValueError, without showing any of it."""
+    if not url.startswith(_SCHEMES):
+        raise ValueError(f"must start with one of {', '.join(_SCHEMES)}")
+    if "#" in url:
+        raise ValueError("has a '#', which ends a URL; write %23 for one in a password")
+    try:
+        # Makes the object, and connects to nothing.
+        ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, RedisError):
+        # Its own words may quote a password that was taken for a port.
+        raise ValueError("is not a Redis URL; percent-encode special characters") from None
+    return url
 
 
 def redact(url: str) -> str:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from recallq.errors import ConfigurationError
+from recallq.redis_client import check_url
 
 BACKEND_VARIABLE = "MEMORY_BACKEND"
 
@@ -22,7 +23,7 @@ class ReferenceSettings(BaseSettings):
     """``MEMORY_BACKEND`` and the arguments of the reference's `RedisMemoryService`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="MEMORY_", extra="ignore", hide_input_in_errors=True
+        env_prefix="MEMORY_", env_ignore_empty=True, extra="ignore", hide_input_in_errors=True
     )
 
     backend: str | None = None
@@ -36,15 +37,21 @@ class ReferenceSettings(BaseSettings):
     redis_health_check_interval: float | None = Field(None, ge=0)
     redis_socket_keepalive: bool | None = None
 
+    @field_validator("redis_redis_url")
+    @classmethod
+    def _redis_scheme(cls, url: str | None) -> str | None:
+        return check_url(url) if url else url
+
     @classmethod
     def load(cls, **arguments: Any) -> Self:
         """Settings from arguments and the environment. Raises `ConfigurationError`."""
         try:
-            settings = cls(**arguments)
+            settings = cls(**{key: each for key, each in arguments.items() if each is not None})
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
             name = str(problem["loc"][0])
-            raise ConfigurationError(f"MEMORY_{name.upper()}: {problem['msg']}") from error
+            reason = problem["msg"].removeprefix("Value error, ")
+            raise ConfigurationError(f"MEMORY_{name.upper()}: {reason}") from error
         if settings.backend is not None:
             settings.backend = settings.backend.lower()
         return settings

@@ -5,8 +5,9 @@ The one place where input is checked: whatever passes here can be enqueued, stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -22,11 +23,15 @@ from recallq.contract import (
     SearchJob,
 )
 from recallq.errors import ConfigurationError, InvalidInput
+from recallq.jsonable import is_unicode
 from recallq.messages import MessageLike, encode_message, to_messages
 from recallq.settings import ClientSettings
 
 _SEARCH_FILTERS = ("top_k", "session_id", "score_threshold")
 _LIST_FILTERS = ("page_num", "page_size", "session_id")
+
+_LONGEST_TIMEOUT = 366 * 24 * 3600
+_LARGEST_NUMBER = 2**53
 
 Filters = Mapping[str, Any]
 
@@ -74,7 +79,7 @@ class Requests:
             scope=scope,
             submitted_at=submitted_at,
             deadline=deadline,
-            messages=[orjson.Fragment(each) for each in encoded],
+            messages=cast("list[dict[str, Any]]", [orjson.Fragment(each) for each in encoded]),
             order=self._clock.next_order(),
             idempotency_key=idempotency_key,
         )
@@ -92,14 +97,15 @@ class Requests:
         given = self._filters(filters, _SEARCH_FILTERS)
         top_k = self._count(given, "top_k", self._settings.default_top_k)
         threshold = given.get("score_threshold")
-        if threshold is not None and (
-            isinstance(threshold, bool) or not isinstance(threshold, (int, float))
-        ):
-            raise InvalidInput(f"score_threshold must be a number, not {threshold!r}")
+        if threshold is not None and not _is_number(threshold):
+            raise InvalidInput(f"score_threshold must be a number, not {_short(threshold)}")
         scope = self._scope(user_id, given.get("session_id"))
         query = to_messages(messages)
         text = query[-1].text if query else ""
         _check_text("the query", text)
+        limit = self._settings.max_message_bytes
+        if len(text) > limit or len(text.encode()) > limit:
+            raise InvalidInput(f"the query is longer than {limit:,} bytes")
         if not text.strip():
             return None
         submitted_at, deadline = self._times(timeout)
@@ -156,8 +162,11 @@ class Requests:
         now = self._clock.now()
         if timeout is None:
             return now, None
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
-            raise InvalidInput(f"timeout must be a positive number of seconds, not {timeout!r}")
+        if not _is_number(timeout) or not 0 < timeout <= _LONGEST_TIMEOUT:
+            raise InvalidInput(
+                f"timeout must be a positive number of seconds, at most {_LONGEST_TIMEOUT:,}, "
+                f"not {_short(timeout)}"
+            )
         return now, now + timeout
 
     def _scope(self, user_id: object, session_id: object) -> Scope:
@@ -191,17 +200,29 @@ class Requests:
     def _count(self, given: Filters, name: str, default: int, *, limited: bool = True) -> int:
         value = given.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidInput(f"{name} must be a whole number, not {value!r}")
+            raise InvalidInput(f"{name} must be a whole number, not {_short(value)}")
         if value < 1:
-            raise InvalidInput(f"{name} must be at least 1, not {value}")
+            raise InvalidInput(f"{name} must be at least 1, not {_short(value)}")
         limit = self._settings.max_page_size if limited else 2**40
         if value > limit:
-            raise InvalidInput(f"{name} must be at most {limit:,}, not {value:,}")
+            raise InvalidInput(f"{name} must be at most {limit:,}, not {_short(value)}")
         return value
 
 
+def _is_number(value: object) -> bool:
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _short(value: object) -> str:
+    """A value as an error shows it: in few words, however large it is."""
+    if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+        return "a number that large"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."
+
+
 def _check_text(name: str, value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInput(f"{name} is not valid Unicode text: {error.reason}") from None
+    if not is_unicode(value):
+        raise InvalidInput(f"{name} is not valid Unicode text")

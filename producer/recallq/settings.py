@@ -13,10 +13,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from recallq.contract import DEFAULT_NAMESPACE, DEFAULT_TENANT
 from recallq.errors import ConfigurationError
+from recallq.redis_client import check_url
 
 ENV_PREFIX = "RECALLQ_"
-
-_SCHEMES = ("redis://", "rediss://", "unix://")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
@@ -25,7 +24,7 @@ class ClientSettings(BaseSettings):
     """Connection, limits and batching of a `MemoryClient`. Times are in seconds."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, extra="ignore", hide_input_in_errors=True
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="ignore", hide_input_in_errors=True
     )
 
     redis_url: str = Field("redis://localhost:6379/0", repr=False)
@@ -69,14 +68,20 @@ class ClientSettings(BaseSettings):
     @field_validator("redis_url", "broker_url", "coordination_url", "result_url")
     @classmethod
     def _redis_scheme(cls, url: str) -> str:
-        return cls.check_scheme(url)
+        return check_url(url) if url else url
 
-    @staticmethod
-    def check_scheme(url: str) -> str:
-        """`url` if it is empty or Redis's; for validators."""
-        if url and not url.startswith(_SCHEMES):
-            raise ValueError(f"must start with one of {', '.join(_SCHEMES)}")
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_is_needed(cls, url: str) -> str:
+        if not url:
+            raise ValueError("is empty")
         return url
+
+    @model_validator(mode="after")
+    def _defaults_keep_the_limit(self) -> Self:
+        if max(self.default_top_k, self.default_page_size) > self.max_page_size:
+            raise ValueError("default_top_k and default_page_size must not exceed max_page_size")
+        return self
 
     @model_validator(mode="after")
     def _split_urls_default_to_one(self) -> Self:

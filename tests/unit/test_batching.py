@@ -247,6 +247,50 @@ def test_a_full_batch_leaves_though_the_window_is_used_up() -> None:
     run_virtually(main())
 
 
+@pytest.mark.parametrize(
+    ("limit", "size", "weight"),
+    [
+        ({"batch_max_jobs": 4}, 1, 1),
+        ({"batch_max_bytes": 2000}, 500, 1),
+        ({"batch_max_records": 20}, 1, 5),
+    ],
+    ids=["jobs", "bytes", "records"],
+)
+def test_a_batch_is_full_by_jobs_bytes_or_records(
+    limit: dict[str, int], size: int, weight: int
+) -> None:
+    """The fourth job fills it, each time anew, and does not wait for answers."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=1, **limit)
+        await use_up(batcher, 1)
+        for batch in range(1, 4):
+            for number in range(4):
+                assert len(broker.sent) == batch
+                put(batcher, f"{batch}.{number}", size, weight=weight)
+                await turns()
+            assert broker.batches[batch] == [f"{batch}.{number}" for number in range(4)]
+        assert now() == 0.0
+
+    run_virtually(main())
+
+
+def test_an_answer_makes_room_for_one_batch_and_no_more() -> None:
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=2)
+        await use_up(batcher, 2)
+        broker.answer(0)
+        await turns()
+        await put(batcher, "in its place").accepted
+        assert now() == 0.0
+        await put(batcher, "one too many").accepted
+        assert now() == pytest.approx(LINGER)
+
+    run_virtually(main())
+
+
 @pytest.mark.parametrize("every", [LINGER / 10, LINGER / 2, LINGER * 0.9])
 def test_a_job_does_not_wait_for_those_that_come_after_it(every: float) -> None:
     """The linger counts from the first job that waits, however steadily others follow."""

@@ -165,6 +165,15 @@ def test_the_time_to_wait_crosses_the_wire(retry_after: float | None) -> None:
     assert back.retry_after == retry_after
 
 
+@pytest.mark.parametrize("retry_after", ["5", True, [5], {}, None])
+def test_a_time_to_wait_that_is_no_number_is_none(retry_after: object) -> None:
+    """Callers sleep for it."""
+    wire = {"code": "backend_unavailable", "message": "m", "retry_after": retry_after}
+    back = from_wire(wire, job_id=None)
+    assert isinstance(back, BackendUnavailable)
+    assert back.retry_after is None
+
+
 def test_a_job_error_carries_nothing_but_code_and_message() -> None:
     """Causes and tracebacks, which may hold credentials, stay where they were."""
     error = InternalError("a defect", job_id="j")

@@ -57,6 +57,11 @@ def test_a_short_id_stays_readable(name: str) -> None:
         assert unquote(escaped) == name
 
 
+def test_an_id_is_hashed_once_it_is_too_long_to_read() -> None:
+    assert escape("x" * 200) == "x" * 200
+    assert re.fullmatch("=[0-9a-f]{64}", escape("x" * 201))
+
+
 def test_an_id_that_looks_like_a_hash_is_not_taken_for_one() -> None:
     """Somebody who calls themselves by another's hash does not meet their keys."""
     victim = "x" * 1000

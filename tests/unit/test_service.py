@@ -335,6 +335,10 @@ async def test_an_expired_job_is_not_run(store: Counting) -> None:
     assert await stored(store) == ["on time", "patient"]
 
 
+async def test_a_job_may_begin_until_its_deadline(store: Counting) -> None:
+    assert states(await run(serve(store), adds(add("a", deadline=NOW)))) == ["succeeded"]
+
+
 async def test_a_cancelled_job_is_not_run(store: Counting) -> None:
     outcomes = await run(
         serve(store), adds(add("a"), add("b"), add("c")), Claim([], cancelled=frozenset({0, 2}))
@@ -405,6 +409,13 @@ async def test_a_poisonous_add_fails_alone(store: Counting, error: Exception, co
     assert await stored(store) == ["one", "two", "three"]
     assert await stored(store, "bob") == ["four"]
     assert await stored(store, "eve") == []
+
+
+async def test_a_single_add_that_fails_is_not_tried_again_on_its_own(store: Counting) -> None:
+    """There are no mates to save."""
+    store.trouble["ann"] = raising(BackendError("no"))
+    assert states(await run(serve(store), adds(add("a", "b")))) == ["failed"]
+    assert store.calls == [("add", ("ann", "ann"))]
 
 
 class HalfWay(InMemoryStore):

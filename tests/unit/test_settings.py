@@ -11,9 +11,12 @@ import pytest
 
 from recallq import MemoryClient, MemoryServiceFactory
 from recallq.errors import ConfigurationError, RecallQError, ServiceUnavailable
+from recallq.keys import Keys
 from recallq.messages import Message
+from recallq.redis_client import connect
 from recallq.reference import ReferenceSettings
 from recallq.settings import ClientSettings
+from recallq.workers import WorkerInfo, WorkerRegistry
 from recallq_worker.settings import WorkerSettings
 
 SECRET = "hunter2"
@@ -240,6 +243,12 @@ def test_a_default_beyond_its_limit_is_refused(default: str) -> None:
         ClientSettings.load(**{default: 11}, max_page_size=10)
 
 
+def test_the_references_settings_do_not_show_credentials() -> None:
+    settings = ReferenceSettings.load(redis_redis_url=f"redis://user:{SECRET}@host")
+    assert SECRET not in repr(settings)
+    assert SECRET not in str(settings)
+
+
 @pytest.mark.parametrize("load", [ClientSettings.load, WorkerSettings.load])
 @pytest.mark.parametrize("show", [repr, str], ids=["repr", "str"])
 def test_settings_do_not_show_credentials(
@@ -303,7 +312,7 @@ def test_without_the_references_variables_nothing_is_set() -> None:
     ["TTL_SECONDS", "MAX_MESSAGES_PER_SESSION", "SOCKET_TIMEOUT", "MAX_CONNECTIONS",
      "RETRY_ON_TIMEOUT"],
 )  # fmt: skip
-@pytest.mark.parametrize("value", [SECRET, "-1", ""])
+@pytest.mark.parametrize("value", [SECRET, "-1"])
 def test_a_bad_variable_of_the_reference_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
@@ -388,6 +397,24 @@ async def test_the_factory_takes_the_references_arguments(redis_url: str) -> Non
     )
     assert settings.backend == "redis"
     assert settings.connect_timeout == 1.5
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("in_memory", False), ("redis", True), (None, True)])
+async def test_the_factory_looks_whether_workers_have_the_backend(
+    redis_url: str, namespace: str, wanted: str | None, found: bool
+) -> None:
+    """Better than to let every job fail: it says what runs and what to do."""
+    worker = WorkerInfo(
+        id="w", host="h", pid=1, version="0", backend="redis", lanes=[], concurrency=1, started_at=0
+    )  # fmt: skip
+    redis = connect(redis_url)
+    await WorkerRegistry(redis, Keys(namespace)).sign(worker)
+    await redis.aclose(close_connection_pool=True)
+    if found:
+        assert (await create(wanted, redis_url=redis_url, namespace=namespace)).backend == wanted
+    else:
+        with pytest.raises(ConfigurationError, match="the workers run redis, not in_memory"):
+            await create(wanted, redis_url=redis_url, namespace=namespace)
 
 
 @pytest.mark.parametrize("name", ["ttl_seconds", "max_messages_per_session"])

@@ -21,7 +21,13 @@ from recallq_worker.backends.base import Hit, Record
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _CJK_RUN = re.compile(f"[{_CJK}]+")
 _WORD = re.compile(f"[^\\W{_CJK}]+")
-_EDGES = re.compile(r"^[^\w]+|[^\w]+$")
+_INSIDE = re.compile(r"\w(?:.*\w)?", re.DOTALL)
+"""A word without the punctuation around it."""
+_LETTER = f"[^\\W{_CJK}]"
+"""What makes a word longer when it stands next to it: scripts without spaces do not."""
+
+_MOST_TERMS = 200
+"""Terms of a query beyond these are not looked for: whole conversations are used as queries."""
 
 _PART_OF_A_WORD = 0.5
 
@@ -45,12 +51,13 @@ class Query:
                     pairs[run[start : start + 2]] = None
             for piece in _CJK_RUN.split(chunk):
                 # Kept whole inside: an order number or an e-mail address is one term.
-                word = _EDGES.sub("", piece)
-                if word:
-                    words[word] = None
-        self._words = tuple(words)
-        self._pairs = tuple(pairs)
-        self._count = len(words) + len(pairs)
+                if word := _INSIDE.search(piece):
+                    words[word[0]] = None
+            if len(words) + len(pairs) >= _MOST_TERMS:
+                break
+        self._words = tuple(words)[:_MOST_TERMS]
+        self._pairs = tuple(pairs)[:_MOST_TERMS]
+        self._count = len(self._words) + len(self._pairs)
 
     def score(self, text: str) -> float:
         """Between 0, nothing found, and 1, every term found as a whole."""
@@ -75,7 +82,7 @@ def _stands_alone(word: str, text: str) -> bool:
     """Whether a term that is no plain word occurs with no letter or digit next to it."""
     if _WORD.fullmatch(word):
         return False
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+    return re.search(f"(?<!{_LETTER}){re.escape(word)}(?!{_LETTER})", text) is not None
 
 
 class Ranking:

@@ -87,12 +87,13 @@ class MemoryService:
             )
         if index in claim.cancelled:
             return cancelled()
-        if job.deadline is not None and job.deadline < self._now():
-            late = self._now() - job.deadline
-            return failed(
-                JobExpired(f"the job's deadline passed {late:.1f} s before it could begin")
-            )
-        return None
+        return self._lateness(job)
+
+    def _lateness(self, job: Job) -> Outcome | None:
+        late = self._now() - job.deadline if job.deadline is not None else 0.0
+        if late <= 0:
+            return None
+        return failed(JobExpired(f"the job's deadline passed {late:.1f} s before it could begin"))
 
     # --- add ------------------------------------------------------------------------------------
 
@@ -103,9 +104,9 @@ class MemoryService:
         records are the same, so those that were stored already are not stored twice."""
         records = {index: _records(jobs[index], _epoch(claim, index)) for index in runnable}
         everything = [record for each in records.values() for record in each]
-        if not everything:
-            return
-        together = await self._guarded(lambda: self._store.add(everything))
+        together: list[bool] | JobError = []
+        if everything:
+            together = await self._guarded(lambda: self._store.add(everything))
         if isinstance(together, JobError) and len(runnable) > 1:
             log.warning("a batch of adds failed (%s); adding job by job", type(together).__name__)
             await self._each(jobs, runnable, claim, result)
@@ -128,6 +129,9 @@ class MemoryService:
 
         async def settle(index: int) -> None:
             async with slots:
+                if late := self._lateness(jobs[index]):  # it may have waited long for its turn
+                    result.outcomes[index] = late
+                    return
                 done = await self._guarded(lambda: self._one(jobs[index], _epoch(claim, index)))
             result.outcomes[index] = failed(done) if isinstance(done, JobError) else done
 
@@ -163,6 +167,11 @@ class MemoryService:
                 return await work()
         except JobError as error:
             return error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise  # it is we who are to stop
+            return InternalError(f"a call in backend {self._store.name} was cancelled from within")
         except TimeoutError:
             return BackendUnavailable(
                 f"{self._store.name} did not finish within {self._job_timeout:g} s"

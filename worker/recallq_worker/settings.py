@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator
 
+from recallq.redis_client import check_url
 from recallq.reference import ReferenceSettings
 from recallq.settings import ClientSettings
 
@@ -41,7 +42,7 @@ class WorkerSettings(ClientSettings):
     @field_validator("store_url")
     @classmethod
     def _store_scheme(cls, url: str) -> str:
-        return cls.check_scheme(url)
+        return check_url(url) if url else url
 
     @classmethod
     def load(cls, **arguments: Any) -> Self:
