@@ -21,7 +21,7 @@ _numbers = itertools.count(1)
 HOSTILE_IDS = [
     "a:b", "a", "b", "{x}", "x}", "*", "?", "[a-z]", "a/b", "a%2Fb", "../../etc", "a\nb", "a\0b",
     " ", "\t", "'; DROP", "=" + "0" * 64, "\u00e9", "e\u0301", "Ｕｓｅｒ", "用户", "\u202euser",
-    "👩\u200d👩\u200d👧", "\ufeff", "x" * 10_000, "x" * 10_001, "default", "none", "null", "0", "-1",
+    "👩\u200d👩\u200d👧", "\ufeff", "x" * 10_000, "x" * 10_001, "default", "null", "0", "-1",
 ]  # fmt: skip
 ids = st.text(min_size=1, max_size=40).filter(
     lambda text: not any("\ud800" <= each <= "\udfff" for each in text)

@@ -217,9 +217,7 @@ class TestUp:
         _, url = up
         assert url in one_line(bare("up", code=1))
 
-    def test_a_worker_joins_it(
-        self, bare: Shell, up: tuple[subprocess.Popen[str], str]
-    ) -> None:
+    def test_a_worker_joins_it(self, bare: Shell, up: tuple[subprocess.Popen[str], str]) -> None:
         joining = bare.start("worker", "--lanes", "bulk")
         try:
             deadline = time.monotonic() + 20
@@ -295,7 +293,12 @@ class TestIngest:
         log = tmp_path / "mixed.jsonl"
         lines = [
             {"user_id": user, "session_id": "flat", "role": "user", "content": "one", "id": "x"},
-            {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "3"}]},
+            {
+                "messages": [
+                    {"role": "user", "content": "two"},
+                    {"role": "assistant", "content": "3"},
+                ]
+            },
             {"conversations": [{"from": "human", "value": "four"}, {"from": "gpt", "value": "5"}]},
         ]
         log.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -311,7 +314,9 @@ class TestIngest:
     ) -> None:
         log = tmp_path / "bad.jsonl"
         good = {"user_id": user, "session_id": "s", "role": "user", "content": "good"}
-        log.write_text(f'{json.dumps(good)}\n{{"torn": \n[]\n{json.dumps(good | {"content": "b"})}\n')
+        log.write_text(
+            f'{json.dumps(good)}\n{{"torn": \n[]\n{json.dumps(good | {"content": "b"})}\n'
+        )
         run = shell("ingest", str(log), code=1)
         assert "stored 2 messages" in run.stdout
         rejects = [
@@ -354,17 +359,13 @@ class TestIngest:
         assert report["lines"] < count
         listed: list[str] = []
         for each in range(7):
-            page = json.loads(
-                shell("list", f"{user}-{each}", "--size", "10000", "--json").stdout
-            )
+            page = json.loads(shell("list", f"{user}-{each}", "--size", "10000", "--json").stdout)
             numbers = [int(one["message"]["content"].split()[1]) for one in page]
             assert numbers == sorted(numbers)
             listed += [str(one) for one in numbers]
         assert len(listed) == len(set(listed)) == count
 
-    def test_a_progress_bar_on_a_terminal(
-        self, shell: Shell, tmp_path: Path, user: str
-    ) -> None:
+    def test_a_progress_bar_on_a_terminal(self, shell: Shell, tmp_path: Path, user: str) -> None:
         log = tmp_path / "log.jsonl"
         log.write_bytes(sample.path().read_bytes())
         ours, theirs = pty.openpty()

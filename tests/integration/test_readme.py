@@ -35,7 +35,9 @@ def test_its_program_runs(redis_worker: Worker) -> None:
     assert "added=1" in run.stdout
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"^    recallq (.+)$", README, re.M))))
+@pytest.mark.parametrize(
+    "line", sorted(set(re.findall(r"^    recallq (.+)$", README, re.MULTILINE)))
+)
 def test_its_commands_exist(line: str) -> None:
     """Each is parsed by the command it names; --help keeps it from running."""
     words = line.partition("#")[0].split()
@@ -53,7 +55,7 @@ def test_its_commands_exist(line: str) -> None:
 
 
 def test_its_settings_exist_with_these_defaults() -> None:
-    rows = re.findall(r"^\| `RECALLQ_([A-Z_]+)` \| (.+?) \|", README, re.M)
+    rows = re.findall(r"^\| `RECALLQ_([A-Z_]+)` \| (.+?) \|", README, re.MULTILINE)
     assert len(rows) > 5
     for name, default in rows:
         field = WorkerSettings.model_fields[name.lower()]
