@@ -149,7 +149,7 @@ class MemoryClient:
         """
         requests = self._ready()
         if isinstance(messages, Sequence) and not messages:
-            requests.delete(user_id, session_id, timeout=None)  # the ids are checked all the same
+            requests.check_scope(user_id, session_id)
             return AddResult(record_ids=[], added=0)
         timeout = self._timeout(timeout)
         job, size = requests.add(

@@ -24,17 +24,18 @@ from recallq.errors import QueueFull
 from recallq.keys import Keys
 from recallq.redis_client import RedisClient
 
-# KEYS: batch, ledger, outstanding, queue, then the epoch hash of each user.
+# KEYS: batch, ledger, outstanding, queue, result, then the epoch hash of each user.
 # ARGV: batch id, lane, jobs, high-water mark, operation, message, enqueue here (1/0),
 #       "1,1,2": the user of each job.
-# Repeating it after a lost reply is harmless: a batch that is in the ledger is not entered again.
+# Repeating it after a lost reply is harmless: a batch that is in the ledger is not entered again,
+# nor one that was answered in the meantime, where results are kept on the same Redis.
 _PUBLISH = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return {1, 0} end
+if redis.call('EXISTS', KEYS[1], KEYS[5]) > 0 then return {1, 0} end
 local outstanding = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0')
 if outstanding >= tonumber(ARGV[4]) then return {0, outstanding} end
 local epochs = {}
 for user in string.gmatch(ARGV[8], '%d+') do
-  local key = KEYS[4 + tonumber(user)]
+  local key = KEYS[5 + tonumber(user)]
   if ARGV[5] == 'delete' then
     epochs[#epochs + 1] = redis.call('HINCRBY', key, 'n', 1)
   else
@@ -95,6 +96,7 @@ class ProducerLedger:
                 self._keys.ledger,
                 self._keys.outstanding,
                 queue,
+                self._keys.result(batch.id),
                 *users,
             ],
             args=[

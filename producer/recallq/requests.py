@@ -144,6 +144,10 @@ class Requests:
             deadline=deadline,
         )
 
+    def check_scope(self, user_id: str, session_id: str | None) -> None:
+        """Checks the ids of a call that has nothing else to do."""
+        self._scope(user_id, session_id)
+
     def health(self, *, timeout: float) -> HealthJob:
         submitted_at, deadline = self._times(timeout)
         scope = Scope(self._settings.tenant, "")

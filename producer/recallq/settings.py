@@ -111,6 +111,8 @@ class ClientSettings(BaseSettings):
             return cls(**{key: value for key, value in arguments.items() if value is not None})
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
-            name = str(problem["loc"][0]) if problem["loc"] else "settings"
             reason = problem["msg"].removeprefix("Value error, ")
+            if not problem["loc"]:  # about several settings, which it names itself
+                raise ConfigurationError(reason) from error
+            name = str(problem["loc"][0])
             raise ConfigurationError(f"{name} ({ENV_PREFIX}{name.upper()}): {reason}") from error

@@ -289,7 +289,7 @@ class Transport:
 
     def _on_reply(self, data: bytes) -> None:
         batch_id, _, stored = data.partition(b"\n")
-        expected = self._expected.get(batch_id.decode())
+        expected = self._expected.get(batch_id.decode(errors="replace"))
         if expected is not None:  # else nobody waits: submitted and forgotten
             self._resolve(expected, stored)
 
@@ -346,11 +346,13 @@ class Transport:
 def _read_result(stored: bytes) -> BatchResult:
     """The batch result inside what Celery's backend stored. Raises ValueError."""
     meta = orjson.loads(stored)
+    if not isinstance(meta, dict) or "status" not in meta:
+        raise ValueError("not a Celery result")
     if meta["status"] == "FAILURE":
         problem = meta.get("result") or {}
         kind = problem.get("exc_type", "an error") if isinstance(problem, dict) else "an error"
         return _defect(f"the worker failed on the whole batch: {kind}; see its log")
-    return BatchResult.model_validate(meta["result"])
+    return BatchResult.model_validate(meta.get("result"))
 
 
 def _outcome_of(result: BatchResult, index: int) -> Outcome | None:

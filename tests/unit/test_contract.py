@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from datetime import UTC, datetime, timedelta
@@ -337,6 +338,20 @@ def test_a_batch_that_came_without_job_ids_collides_with_no_other() -> None:
         return [job.record_id(index) for job in batch.jobs for index in range(2)]
 
     found = records("0123456789abcdef-1") + records("0123456789abcdef-2")
+    assert len(set(found)) == len(found)
+
+
+def test_jobs_that_share_an_id_do_not_share_records() -> None:
+    """Wherever a batch comes from: the second job's messages must not vanish as known ones."""
+    payload = payload_of(Operation.ADD)
+    for job in payload["jobs"]:
+        job["id"] = "mine"
+        job["idempotency_key"] = None
+    found: list[str] = []
+    with contextlib.suppress(UndecodableJob):
+        batch = decode_batch(orjson.dumps(payload).decode())
+        assert isinstance(batch, AddBatch)
+        found = [job.record_id(0) for job in batch.jobs]
     assert len(set(found)) == len(found)
 
 

@@ -732,6 +732,42 @@ def test_a_part_of_a_wrong_type_does_not_slip_in_later() -> None:
         encode_message(message, "messages[3]", LIMIT)
 
 
+LATER: dict[str, Any] = {
+    "datetime": NOW, "tuple": (1, 2), "set": {1}, "bytes": b"SECRET", "object": object(),
+    "key": {1: "SECRET"}, "NaN": math.nan, "half a character": "\ud800",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", LATER.values(), ids=LATER)
+def test_an_extra_field_set_later_is_refused_in_the_callers_words(value: Any) -> None:
+    """The error names the place like any other, and quotes nothing of what was said."""
+    message = Message.user("SECRET")
+    message.extra = value  # type: ignore[attr-defined]
+    with pytest.raises(InvalidInput) as caught:
+        encode_message(message, "messages[3]", LIMIT)
+    said = str(caught.value)
+    assert said.startswith("messages[3]: extra")
+    assert [word for word in [*JARGON, "SECRET"] if word in said] == []
+    assert len(said) < 300
+
+
+class Stamped(Message):
+    """A message class of a caller's, with a field that has a type of its own."""
+
+    when: datetime
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["hi", None, "a null pointer", [{"type": "data", "data": None}], "[" * 200],
+    ids=lambda content: repr(content)[:20],
+)
+def test_a_callers_own_kind_of_message_goes_there_and_back_whatever_it_says(content: Any) -> None:
+    """Its typed fields are JSON as pydantic writes them, and no text changes that."""
+    sent = Stamped.model_validate({"role": "user", "content": content, "when": NOW})
+    assert returning(Stamped)(stored(to_message(sent))) == sent
+
+
 # --- size ---------------------------------------------------------------------------------------
 
 
@@ -799,6 +835,12 @@ TEXTS: dict[str, tuple[dict[str, Any], str]] = {
         {"content": [{"type": "data", "data": '{"list": "[1, 2]"}'}]}, "[1, 2]",
     ),
     "tool result": (OPENAI["tool result"], "5"),
+    "data in a tool result": (
+        {"content": [{"type": "tool_result", "content": [
+            {"type": "text", "text": "found:"}, {"type": "data", "data": {"seat": "12A"}},
+        ]}]},
+        "found:\n12A",
+    ),
     "tool result as a string": (
         {"content": [{"type": "tool_result", "content": "sold out"}]}, "sold out",
     ),

@@ -440,6 +440,25 @@ async def test_what_was_stored_before_a_failure_is_not_stored_twice() -> None:
     assert await stored(store) == ["one", "two"]
 
 
+async def test_an_add_that_was_begun_in_time_does_not_expire(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Expired means not run. After a failure that took its mates' time, they are still stored."""
+
+    class Slow(HalfWay):
+        async def add(self, records: Sequence[Record]) -> list[bool]:
+            try:
+                return await super().add(records)
+            finally:
+                monkeypatch.setattr(Time, "now", Time.now + 60)
+
+    store = Slow()
+    jobs = [add("one", deadline=NOW + 30), add("bad", user="eve"), add("two", deadline=NOW + 30)]
+    outcomes = await run(serve(store), adds(*jobs))
+    assert await stored(store) == ["one", "two"]
+    assert states(outcomes) == ["succeeded", "failed", "succeeded"]
+
+
 async def test_the_time_to_wait_reaches_the_caller(store: Counting) -> None:
     store.trouble["ann"] = raising(BackendUnavailable("busy", retry_after=3))
     [outcome] = await run(serve(store), adds(add("a")))

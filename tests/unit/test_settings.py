@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from blockbuster import blockbuster_ctx
 
 from recallq import MemoryClient, MemoryServiceFactory
 from recallq.errors import ConfigurationError, RecallQError, ServiceUnavailable
@@ -218,6 +219,26 @@ def test_a_bad_variable_is_refused_by_name_and_never_shown(
     with pytest.raises(ConfigurationError, match=f"RECALLQ_{name.upper()}") as caught:
         ClientSettings.load()
     assert SECRET not in everything_said(caught.value)
+
+
+async def test_making_a_client_does_not_block_the_loop(redis_url: str) -> None:
+    """Agents make clients inside coroutines; checking a URL reads no files."""
+    with blockbuster_ctx():
+        assert MemoryClient(redis_url).settings.redis_url == redis_url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://[::1]:6379/0",
+        "rediss://user:p%40ss%23word@host:1/2?ssl_cert_reqs=required&ssl_ca_certs=/etc/ca.pem",
+        "redis://host?db=3&socket_timeout=5",
+        "unix:///run/redis.sock?db=3",
+    ],
+)
+def test_urls_may_have_options(url: str) -> None:
+    """As redis-py knows them; special characters are percent-encoded."""
+    assert ClientSettings.load(redis_url=url).redis_url == url
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "unix"])

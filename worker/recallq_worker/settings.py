@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from recallq.redis_client import check_url
 from recallq.reference import ReferenceSettings
@@ -23,14 +23,15 @@ class WorkerSettings(ClientSettings):
     """Batches that one worker process runs at once."""
     parallel_jobs: int = Field(100, ge=1)
     """Jobs of one batch that run at once, where the backend takes them one by one."""
-    job_timeout: float = Field(60.0, gt=0)
+    job_timeout: float = Field(30.0, gt=0)
     """Longest run of one job; after it the job fails as BackendUnavailable."""
     straggler_grace: float = Field(0.05, gt=0)
     """How long a batch's settled jobs wait for its slow ones before they are answered."""
     result_expires: int = Field(3600, ge=1)
     """How long results are kept, and handles know their jobs."""
-    visibility_timeout: int = Field(60, ge=5)
-    """Age at which a message that a vanished worker held goes back to its queue."""
+    visibility_timeout: int = Field(90, ge=5)
+    """Age at which a message that a vanished worker held goes back to its queue. Longer than any
+    live worker holds one: a batch may take two job timeouts, together and then job by job."""
 
     store_url: str = Field("", repr=False)
     """The Redis in which the redis backend keeps memories; redis_url by default."""
@@ -43,6 +44,12 @@ class WorkerSettings(ClientSettings):
     @classmethod
     def _store_scheme(cls, url: str) -> str:
         return check_url(url) if url else url
+
+    @model_validator(mode="after")
+    def _live_workers_keep_their_messages(self) -> Self:
+        if self.visibility_timeout <= 2 * self.job_timeout:
+            raise ValueError("visibility_timeout must be more than twice job_timeout")
+        return self
 
     @classmethod
     def load(cls, **arguments: Any) -> Self:

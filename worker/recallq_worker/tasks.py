@@ -60,8 +60,15 @@ def run_batch(task: Task, *args: Any, **kwargs: Any) -> BatchResult:
         settled = sum(outcome is not None for outcome in result.outcomes)
         if settled > answered:
             answered = settled
-            task.update_state(state=PARTIAL, meta=result)
+            _answer_early(task, result)
         grace = min(grace * 2, _LONGEST_GRACE)
+
+
+def _answer_early(task: Task, result: BatchResult) -> None:
+    try:
+        task.update_state(state=PARTIAL, meta=result)
+    except Exception as error:  # noqa: BLE001  # the jobs go on, and their answer comes in the end
+        log.warning("cannot answer a part of a batch early: %s", type(error).__name__)
 
 
 async def _work(services: Services, worker_id: str, batch: AnyBatch, result: BatchResult) -> bool:

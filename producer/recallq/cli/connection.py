@@ -27,17 +27,20 @@ UrlOption = Annotated[
 ]
 
 
-def named_url() -> str | None:
-    """The URL that the environment names, if it names any."""
-    names = ("REDIS_URL", "BROKER_URL", "COORDINATION_URL")
-    if any(os.environ.get(f"{ENV_PREFIX}{name}") for name in names):
-        return os.environ.get(f"{ENV_PREFIX}REDIS_URL") or None
-    return os.environ.get("MEMORY_REDIS_REDIS_URL") or None
+_OWN = tuple(f"{ENV_PREFIX}{name}_URL" for name in ("REDIS", "BROKER", "COORDINATION"))
+_REFERENCE = "MEMORY_REDIS_REDIS_URL"
 
 
 def is_named() -> bool:
-    names = (f"{ENV_PREFIX}REDIS_URL", f"{ENV_PREFIX}BROKER_URL", "MEMORY_REDIS_REDIS_URL")
-    return any(os.environ.get(name) for name in names)
+    """Whether the environment names a Redis."""
+    return any(os.environ.get(name) for name in (*_OWN, _REFERENCE))
+
+
+def named_url() -> str | None:
+    """The URL that the reference's variable names; None leaves it to RecallQ's own variables."""
+    if any(os.environ.get(name) for name in _OWN):
+        return None
+    return os.environ.get(_REFERENCE) or None
 
 
 def running_url() -> str | None:
@@ -69,8 +72,10 @@ async def connect_existing(url: str | None, **settings: Any) -> AsyncIterator[Me
 
 async def existing_url(url: str | None) -> str | None:
     """The URL of what is running already; None leaves it to the settings."""
-    if url is not None or is_named():
-        return url or named_url()
+    if url is not None:
+        return url
+    if is_named():
+        return named_url()
     found = await asyncio.to_thread(running_url)
     if found is None:
         raise ServiceUnavailable(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Optional
 import orjson
 import typer
 
-from recallq.cli.connection import UrlOption, is_named, named_url, running_url
+from recallq.cli.connection import UrlOption, is_named, running_url
 from recallq.cli.memory import JsonOption
 from recallq.cli.runner import fail, guarded
 from recallq.cli.stack import Stack, default_data_dir, worker_command, worker_environment
@@ -112,11 +112,7 @@ def worker(
         if url is None:
             guarded(lambda: _worker_with_embedded_redis(command))
             return
-    environment = dict(os.environ)
-    if url is not None:
-        environment = worker_environment(url)
-    elif named_url() is not None:
-        environment.setdefault("RECALLQ_REDIS_URL", named_url() or "")
+    environment = dict(os.environ) if url is None else worker_environment(url)
     # Takes this process's place, so that signals and exit codes are the worker's own.
     sys.stdout.flush()
     os.execve(command[0], command, environment)  # noqa: S606  # no shell is wanted
