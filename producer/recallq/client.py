@@ -16,7 +16,6 @@ from typing import Any, Self
 from recallq.batching import Batcher, Draft
 from recallq.contract import (
     AddResult,
-    AnyJob,
     DeleteResult,
     Health,
     Hit,
@@ -31,7 +30,7 @@ from recallq.contract import (
 from recallq.errors import ClientClosed, InvalidInput, JobTimeout, RecallQError, from_wire
 from recallq.handle import JobHandle
 from recallq.messages import Message, MessageLike, returning
-from recallq.requests import Filters, Requests
+from recallq.requests import Filters, Request, Requests
 from recallq.settings import ClientSettings
 from recallq.transport import Transport
 from recallq.workers import WorkerInfo
@@ -114,8 +113,7 @@ class MemoryClient:
 
     async def check_backend(self, timeout: float = 5.0) -> Health:
         """What the memory backend says of itself, by way of a worker; raises what came between."""
-        job = self._ready().health(timeout=timeout)
-        health: Health = await self._call(Lane.LIVE, Operation.HEALTH, job, 0, timeout)
+        health: Health = await self._call(self._ready().health(timeout=timeout), timeout)
         return health
 
     @property
@@ -147,16 +145,19 @@ class MemoryClient:
         used before in the same session stores nothing again. An empty list does nothing. Raises
         `InvalidInput`, `QueueFull`, `ServiceUnavailable`, or a `JobError`.
         """
-        requests = self._ready()
+        requests, timeout = self._ready(), self._timeout(timeout)
         if isinstance(messages, Sequence) and not messages:
             requests.check_scope(user_id, session_id)
             return AddResult(record_ids=[], added=0)
-        timeout = self._timeout(timeout)
-        job, size = requests.add(
-            user_id, messages, session_id, timeout=timeout, idempotency_key=idempotency_key
+        request = requests.add(
+            user_id,
+            messages,
+            session_id,
+            timeout=timeout,
+            lane=lane,
+            idempotency_key=idempotency_key,
         )
-        target = requests.lane(lane, Lane.LIVE)
-        added: AddResult = await self._call(target, Operation.ADD, job, size, timeout)
+        added: AddResult = await self._call(request, timeout)
         return added
 
     async def search_memory(
@@ -199,11 +200,9 @@ class MemoryClient:
         lane: Lane | str | None = None,
     ) -> DeleteResult:
         """Deletes a session, or with `session_id` None everything of the user."""
-        requests = self._ready()
-        timeout = self._timeout(timeout)
-        job = requests.delete(user_id, session_id, timeout=timeout)
-        target = requests.lane(lane, Lane.LIVE)
-        removed: DeleteResult = await self._call(target, Operation.DELETE, job, 0, timeout)
+        requests, timeout = self._ready(), self._timeout(timeout)
+        request = requests.delete(user_id, session_id, timeout=timeout, lane=lane)
+        removed: DeleteResult = await self._call(request, timeout)
         return removed
 
     # --- the same with more to tell -------------------------------------------------------------
@@ -218,13 +217,11 @@ class MemoryClient:
         lane: Lane | str | None = None,
     ) -> list[Hit]:
         """Like `search_memory`, with score, session, time and record id of each message."""
-        requests = self._ready()
-        timeout = self._timeout(timeout)
-        job = requests.search(user_id, messages, filters, timeout=timeout)
-        target = requests.lane(lane, Lane.LIVE)
-        if job is None:
+        requests, timeout = self._ready(), self._timeout(timeout)
+        request = requests.search(user_id, messages, filters, timeout=timeout, lane=lane)
+        if request is None:
             return []
-        hits: list[Hit] = await self._call(target, Operation.SEARCH, job, len(job.query), timeout)
+        hits: list[Hit] = await self._call(request, timeout)
         return hits
 
     async def list_records(
@@ -236,11 +233,9 @@ class MemoryClient:
         lane: Lane | str | None = None,
     ) -> list[StoredMessage]:
         """Like `list_memory`, with session, time and record id of each message."""
-        requests = self._ready()
-        timeout = self._timeout(timeout)
-        job = requests.page(user_id, filters, timeout=timeout)
-        target = requests.lane(lane, Lane.LIVE)
-        records: list[StoredMessage] = await self._call(target, Operation.LIST, job, 0, timeout)
+        requests, timeout = self._ready(), self._timeout(timeout)
+        request = requests.page(user_id, filters, timeout=timeout, lane=lane)
+        records: list[StoredMessage] = await self._call(request, timeout)
         return records
 
     # --- handles --------------------------------------------------------------------------------
@@ -259,11 +254,15 @@ class MemoryClient:
 
         `timeout` is the job's deadline: not begun within it, the job expires. None sets none.
         """
-        requests = self._ready()
-        job, size = requests.add(
-            user_id, messages, session_id, timeout=timeout, idempotency_key=idempotency_key
+        request = self._ready().add(
+            user_id,
+            messages,
+            session_id,
+            timeout=timeout,
+            lane=lane,
+            idempotency_key=idempotency_key,
         )
-        return await self._submit(requests.lane(lane, Lane.LIVE), Operation.ADD, job, size)
+        return await self._submit(request)
 
     async def submit_search(
         self,
@@ -275,12 +274,10 @@ class MemoryClient:
         lane: Lane | str | None = None,
     ) -> JobHandle:
         """Enqueues a search; its handle's result is a list of `Hit`."""
-        requests = self._ready()
-        job = requests.search(user_id, messages, filters, timeout=timeout)
-        if job is None:
+        request = self._ready().search(user_id, messages, filters, timeout=timeout, lane=lane)
+        if request is None:
             raise InvalidInput("there is no text to search for")
-        target = requests.lane(lane, Lane.LIVE)
-        return await self._submit(target, Operation.SEARCH, job, len(job.query))
+        return await self._submit(request)
 
     async def submit_list(
         self,
@@ -291,9 +288,7 @@ class MemoryClient:
         lane: Lane | str | None = None,
     ) -> JobHandle:
         """Enqueues a list; its handle's result is a list of `StoredMessage`."""
-        requests = self._ready()
-        job = requests.page(user_id, filters, timeout=timeout)
-        return await self._submit(requests.lane(lane, Lane.LIVE), Operation.LIST, job, 0)
+        return await self._submit(self._ready().page(user_id, filters, timeout=timeout, lane=lane))
 
     async def submit_delete(
         self,
@@ -304,9 +299,9 @@ class MemoryClient:
         lane: Lane | str | None = None,
     ) -> JobHandle:
         """Enqueues a delete; its handle's result is a `DeleteResult`."""
-        requests = self._ready()
-        job = requests.delete(user_id, session_id, timeout=timeout)
-        return await self._submit(requests.lane(lane, Lane.LIVE), Operation.DELETE, job, 0)
+        return await self._submit(
+            self._ready().delete(user_id, session_id, timeout=timeout, lane=lane)
+        )
 
     def handle(self, job_id: str) -> JobHandle:
         """The handle of a job that this or any other process submitted.
@@ -343,37 +338,36 @@ class MemoryClient:
 
     # --- one call's way -------------------------------------------------------------------------
 
-    async def _call(
-        self, lane: Lane, operation: Operation, job: AnyJob, size: int, timeout: float
-    ) -> Any:
+    async def _call(self, request: Request, timeout: float) -> Any:
         """Sends a job and waits for its value."""
         draft: Draft | None = None
         try:
             async with asyncio.timeout(timeout), self._in_flight:
-                self._ready()  # may have been stopped while the call waited for its turn
-                draft = self._batcher.put(
-                    lane, operation, job, size + _JOB_OVERHEAD_BYTES, wait=True
-                )
+                draft = self._put(request, wait=True)
                 await draft.accepted
                 assert draft.outcome is not None  # wait=True
                 outcome = await draft.outcome
         except TimeoutError:
-            hint = await self._why_no_answer(lane)
+            hint = await self._why_no_answer(request.lane)
             raise JobTimeout(
-                f"no answer to {operation.value} within {timeout:g} s{hint}", job_id=job.id or None
+                f"no answer to {request.operation.value} within {timeout:g} s{hint}",
+                job_id=request.job.id or None,
             ) from None
         finally:
             if draft is not None and draft.outcome is not None:
                 draft.outcome.cancel()  # nobody waits any longer
-        return self.value_of(outcome, job.id)
+        return self.value_of(outcome, request.job.id)
 
-    async def _submit(self, lane: Lane, operation: Operation, job: AnyJob, size: int) -> JobHandle:
+    async def _submit(self, request: Request) -> JobHandle:
         """Sends a job and returns once it is accepted."""
         async with self._in_flight:
-            self._ready()
-            draft = self._batcher.put(lane, operation, job, size + _JOB_OVERHEAD_BYTES, wait=False)
-            await draft.accepted
-        return JobHandle(self, job.id)
+            await self._put(request, wait=False).accepted
+        return JobHandle(self, request.job.id)
+
+    def _put(self, request: Request, *, wait: bool) -> Draft:
+        self._ready()  # it may have been stopped while the call waited for its turn
+        size = request.size + _JOB_OVERHEAD_BYTES
+        return self._batcher.put(request.lane, request.operation, request.job, size, wait=wait)
 
     async def _send(self, lane: Lane, operation: Operation, drafts: list[Draft]) -> None:
         """Publishes one batch; what `Batcher` calls."""

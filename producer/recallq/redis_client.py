@@ -87,7 +87,7 @@ def check_url(url: str) -> str:
         raise ValueError("has a '#', which ends a URL; write %23 for one in a password")
     try:
         # Makes the object, and connects to nothing.
-        ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
+        ConnectionPool.from_url(url, driver_info=_DRIVER).make_connection()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, RedisError):
         # Its own words may quote a password that was taken for a port.
         raise ValueError("is not a Redis URL; percent-encode special characters") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import orjson
@@ -15,10 +16,12 @@ from recallq.clock import FleetClock
 from recallq.contract import (
     DEFAULT_SESSION,
     AddJob,
+    AnyJob,
     DeleteJob,
     HealthJob,
     Lane,
     ListJob,
+    Operation,
     Scope,
     SearchJob,
 )
@@ -36,8 +39,19 @@ _LARGEST_NUMBER = 2**53
 Filters = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked call: the job it becomes, and the way it takes."""
+
+    lane: Lane
+    operation: Operation
+    job: AnyJob
+    size: int = 0
+    """Bytes of its texts."""
+
+
 class Requests:
-    """Builds the jobs of one client."""
+    """Builds the jobs of one client. `timeout` is in seconds and sets the job's deadline."""
 
     def __init__(self, settings: ClientSettings, clock: FleetClock) -> None:
         self._settings = settings
@@ -54,9 +68,10 @@ class Requests:
         session_id: str | None,
         *,
         timeout: float | None,
+        lane: Lane | str | None,
         idempotency_key: str | None,
-    ) -> tuple[AddJob, int]:
-        """An add job and its size in bytes. Takes its order key now."""
+    ) -> Request:
+        """To add messages. Takes the order key now."""
         settings = self._settings
         scope = self._scope(user_id, DEFAULT_SESSION if session_id is None else session_id)
         if idempotency_key is not None:
@@ -83,7 +98,7 @@ class Requests:
             order=self._clock.next_order(),
             idempotency_key=idempotency_key,
         )
-        return job, size
+        return Request(self._lane(lane), Operation.ADD, job, size)
 
     def search(
         self,
@@ -92,8 +107,10 @@ class Requests:
         filters: Filters | None,
         *,
         timeout: float | None,
-    ) -> SearchJob | None:
-        """A search job for the text of the last message; None if there is no text to look for."""
+        lane: Lane | str | None,
+    ) -> Request | None:
+        """To search for the text of the last message; None if there is no text to look for."""
+        way = self._lane(lane)
         given = self._filters(filters, _SEARCH_FILTERS)
         top_k = self._count(given, "top_k", self._settings.default_top_k)
         threshold = given.get("score_threshold")
@@ -109,7 +126,7 @@ class Requests:
         if not text.strip():
             return None
         submitted_at, deadline = self._times(timeout)
-        return SearchJob.model_construct(
+        job = SearchJob.model_construct(
             id="",
             scope=scope,
             submitted_at=submitted_at,
@@ -118,14 +135,23 @@ class Requests:
             top_k=top_k,
             score_threshold=None if threshold is None else float(threshold),
         )
+        return Request(way, Operation.SEARCH, job, len(text))
 
-    def page(self, user_id: str, filters: Filters | None, *, timeout: float | None) -> ListJob:
+    def page(
+        self,
+        user_id: str,
+        filters: Filters | None,
+        *,
+        timeout: float | None,
+        lane: Lane | str | None,
+    ) -> Request:
+        """To list one page."""
         given = self._filters(filters, _LIST_FILTERS)
         page_size = self._count(given, "page_size", self._settings.default_page_size)
         page_num = self._count(given, "page_num", 1, limited=False)
         scope = self._scope(user_id, given.get("session_id"))
         submitted_at, deadline = self._times(timeout)
-        return ListJob.model_construct(
+        job = ListJob.model_construct(
             id="",
             scope=scope,
             submitted_at=submitted_at,
@@ -133,31 +159,41 @@ class Requests:
             offset=(page_num - 1) * page_size,
             limit=page_size,
         )
+        return Request(self._lane(lane), Operation.LIST, job)
 
-    def delete(self, user_id: str, session_id: str | None, *, timeout: float | None) -> DeleteJob:
-        """A job that deletes one session, or the whole user with `session_id` None."""
+    def delete(
+        self,
+        user_id: str,
+        session_id: str | None,
+        *,
+        timeout: float | None,
+        lane: Lane | str | None,
+    ) -> Request:
+        """To delete one session, or the whole user with `session_id` None."""
+        scope = self._scope(user_id, session_id)
         submitted_at, deadline = self._times(timeout)
-        return DeleteJob.model_construct(
-            id="",
-            scope=self._scope(user_id, session_id),
-            submitted_at=submitted_at,
-            deadline=deadline,
+        job = DeleteJob.model_construct(
+            id="", scope=scope, submitted_at=submitted_at, deadline=deadline
         )
+        return Request(self._lane(lane), Operation.DELETE, job)
 
     def check_scope(self, user_id: str, session_id: str | None) -> None:
         """Checks the ids of a call that has nothing else to do."""
         self._scope(user_id, session_id)
 
-    def health(self, *, timeout: float) -> HealthJob:
+    def health(self, *, timeout: float) -> Request:
+        """To ask the memory backend how it is."""
         submitted_at, deadline = self._times(timeout)
         scope = Scope(self._settings.tenant, "")
-        return HealthJob.model_construct(
+        job = HealthJob.model_construct(
             id="", scope=scope, submitted_at=submitted_at, deadline=deadline
         )
+        return Request(Lane.LIVE, Operation.HEALTH, job)
 
-    def lane(self, lane: Lane | str | None, default: Lane) -> Lane:
+    @staticmethod
+    def _lane(lane: Lane | str | None) -> Lane:
         try:
-            return default if lane is None else Lane(lane)
+            return Lane.LIVE if lane is None else Lane(lane)
         except ValueError:
             known = ", ".join(each.value for each in Lane)
             raise InvalidInput(f"lane {lane!r} is unknown; the lanes are {known}") from None

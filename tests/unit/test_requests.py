@@ -84,11 +84,20 @@ def add(
     session_id: Any = "s1",
     *,
     timeout: Any = None,
+    lane: Any = None,
     idempotency_key: Any = None,
 ) -> tuple[AddJob, int]:
-    return requests.add(
-        user_id, messages, session_id, timeout=timeout, idempotency_key=idempotency_key
+    request = requests.add(
+        user_id,
+        messages,
+        session_id,
+        timeout=timeout,
+        lane=lane,
+        idempotency_key=idempotency_key,
     )
+    assert request.operation is Operation.ADD
+    assert isinstance(request.job, AddJob)
+    return request.job, request.size
 
 
 def search(
@@ -99,19 +108,30 @@ def search(
     *,
     timeout: Any = None,
 ) -> SearchJob | None:
-    return requests.search(user_id, messages, filters, timeout=timeout)
+    request = requests.search(user_id, messages, filters, timeout=timeout, lane=None)
+    if request is None:
+        return None
+    assert request.operation is Operation.SEARCH
+    assert isinstance(request.job, SearchJob)
+    return request.job
 
 
 def page(
     requests: Requests, user_id: Any = "ann", filters: Any = None, *, timeout: Any = None
 ) -> ListJob:
-    return requests.page(user_id, filters, timeout=timeout)
+    request = requests.page(user_id, filters, timeout=timeout, lane=None)
+    assert request.operation is Operation.LIST
+    assert isinstance(request.job, ListJob)
+    return request.job
 
 
 def delete(
     requests: Requests, user_id: Any = "ann", session_id: Any = None, *, timeout: Any = None
 ) -> DeleteJob:
-    return requests.delete(user_id, session_id, timeout=timeout)
+    request = requests.delete(user_id, session_id, timeout=timeout, lane=None)
+    assert request.operation is Operation.DELETE
+    assert isinstance(request.job, DeleteJob)
+    return request.job
 
 
 def sent(job: AnyJob) -> AnyJob:
@@ -166,7 +186,13 @@ def test_the_tenant_is_in_every_scope() -> None:
     requests = configured(tenant="acme")
     found = search(requests)
     assert found is not None
-    jobs = [add(requests)[0], found, page(requests), delete(requests), requests.health(timeout=1)]
+    jobs = [
+        add(requests)[0],
+        found,
+        page(requests),
+        delete(requests),
+        requests.health(timeout=1).job,
+    ]
     assert {job.scope.tenant for job in jobs} == {"acme"}
 
 
@@ -502,7 +528,7 @@ def test_a_timeout_sets_the_deadline(requests: Requests, timeout: float) -> None
         add(requests, timeout=timeout)[0],
         page(requests, timeout=timeout),
         delete(requests, timeout=timeout),
-        requests.health(timeout=timeout),
+        requests.health(timeout=timeout).job,
     ):
         assert job.deadline == NOW + timeout
         assert job.submitted_at == NOW
@@ -537,15 +563,24 @@ def test_the_uncalibrated_clock_is_the_machines(monkeypatch: pytest.MonkeyPatch)
 # --- lanes --------------------------------------------------------------------------------------
 
 
+def lane_of(requests: Requests, lane: Any) -> Lane:
+    ways = {
+        requests.page("ann", None, timeout=None, lane=lane).lane,
+        requests.delete("ann", None, timeout=None, lane=lane).lane,
+        requests.add("ann", "hi", None, timeout=None, lane=lane, idempotency_key=None).lane,
+    }
+    (way,) = ways
+    return way
+
+
 @pytest.mark.parametrize("lane", Lane)
 def test_a_lane_goes_by_its_name(requests: Requests, lane: Lane) -> None:
-    assert requests.lane(lane, Lane.LIVE) is lane
-    assert requests.lane(lane.value, Lane.LIVE) is lane
+    assert lane_of(requests, lane) is lane
+    assert lane_of(requests, lane.value) is lane
 
 
-@pytest.mark.parametrize("default", Lane)
-def test_no_lane_is_the_default_one(requests: Requests, default: Lane) -> None:
-    assert requests.lane(None, default) is default
+def test_no_lane_is_the_live_one(requests: Requests) -> None:
+    assert lane_of(requests, None) is Lane.LIVE
 
 
 @pytest.mark.parametrize(
@@ -553,13 +588,13 @@ def test_no_lane_is_the_default_one(requests: Requests, default: Lane) -> None:
 )
 def test_an_unknown_lane_is_told_the_known_ones(requests: Requests, lane: Any) -> None:
     with pytest.raises(InvalidInput) as caught:
-        requests.lane(lane, Lane.LIVE)
+        requests.search("ann", [], None, timeout=None, lane=lane)
     assert repr(lane) in str(caught.value)
     assert "live, bulk, slow" in str(caught.value)
 
 
 def test_health_needs_no_user(requests: Requests) -> None:
-    job = requests.health(timeout=5)
+    job = requests.health(timeout=5).job
     batch = make_batch(BATCH_ID, Lane.LIVE, Operation.HEALTH, [job], "redis")
     read = decode_batch(encode_batch(batch))
     assert not isinstance(read, AddBatch)
