@@ -27,7 +27,14 @@ from recallq.contract import (
     encode_batch,
     make_batch,
 )
-from recallq.errors import ClientClosed, InvalidInput, JobTimeout, RecallQError, from_wire
+from recallq.errors import (
+    ClientClosed,
+    ConfigurationError,
+    InvalidInput,
+    JobTimeout,
+    RecallQError,
+    from_wire,
+)
 from recallq.handle import JobHandle
 from recallq.messages import Message, MessageLike, returning
 from recallq.requests import Filters, Request, Requests
@@ -320,21 +327,25 @@ class MemoryClient:
             case Operation.ADD:
                 return AddResult.model_validate(result)
             case Operation.SEARCH:
-                return [
-                    Hit.model_validate({**hit, "message": self._returning(hit["message"])})
-                    for hit in result["hits"]
-                ]
+                return [Hit.model_validate(self._told(hit)) for hit in result["hits"]]
             case Operation.LIST:
                 return [
-                    StoredMessage.model_validate(
-                        {**record, "message": self._returning(record["message"])}
-                    )
-                    for record in result["records"]
+                    StoredMessage.model_validate(self._told(each)) for each in result["records"]
                 ]
             case Operation.DELETE:
                 return DeleteResult.model_validate(result)
             case _:
                 return Health.model_validate(result)
+
+    def _told(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """A stored record with its message as the caller's class."""
+        try:
+            return {**stored, "message": self._returning(stored["message"])}
+        except Exception as error:
+            raise ConfigurationError(
+                f"the message of record {stored.get('record_id')} does not fit message_type; "
+                "use message_type=dict, or one that does"
+            ) from error
 
     # --- one call's way -------------------------------------------------------------------------
 

@@ -236,7 +236,8 @@ def decode_batch(payload: object) -> AnyBatch:
         raise UndecodableJob(f"{place or 'batch'}: {problem['msg']}") from error
     _check_version(batch.v)
     for index, job in enumerate(batch.jobs):
-        job.id = job.id or f"{batch.id}-{index}"
+        # Whatever the sender wrote: record ids derive from it, and two jobs must not share them.
+        job.id = f"{batch.id}-{index}"
     return batch
 
 

@@ -13,8 +13,11 @@ MAX_DEPTH = 100
 less than any of those that a message passes."""
 
 
-def why_not_json(value: Any) -> str | None:
-    """Where and why `value` is not JSON; None if it is."""
+def why_not_json(value: Any, *, encoded: bool = False) -> str | None:
+    """Where and why `value` is not JSON; None if it is.
+
+    With `encoded`, orjson has written it, so that only its depth and what became null matter.
+    """
     waiting: list[tuple[str, int, Any]] = [("", 1, value)]
     while waiting:
         place, depth, each = waiting.pop()
@@ -30,6 +33,8 @@ def why_not_json(value: Any) -> str | None:
                 waiting.append((where, depth + 1, inner))
         elif isinstance(each, list):
             waiting += [(f"{place}.{index}", depth + 1, inner) for index, inner in enumerate(each)]
+        elif encoded and not isinstance(each, float):
+            continue
         elif problem := _leaf_problem(each):
             return f"{place or 'value'}: {problem}"
     return None

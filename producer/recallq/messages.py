@@ -202,17 +202,18 @@ def encode_message(message: Message, where: str, limit: int) -> bytes:
         encoded = orjson.dumps(plain)
     except (TypeError, ValueError) as error:
         # Lone surrogates, integers beyond 64 bits, fields that were assigned after validation.
-        raise InvalidInput(f"{where}: {why_not_json(message.__dict__) or error}") from error
-    if b"null" in encoded and (problem := why_not_json(plain)):  # orjson writes null for nan
+        raise InvalidInput(f"{where}: {why_not_json(message) or error}") from error
+    # orjson writes null for what is no number, and anything up to its own depth.
+    brackets = encoded.count(b"{") + encoded.count(b"[")
+    if (b"null" in encoded or brackets > MAX_DEPTH) and (
+        problem := why_not_json(plain, encoded=True)
+    ):
         raise InvalidInput(f"{where}: {problem}")
     if len(encoded) > limit:
         raise InvalidInput(
             f"{where} is {len(encoded):,} bytes and the limit is {limit:,}; "
             "store large content elsewhere and keep a reference, or raise max_message_bytes"
         )
-    brackets = encoded.count(b"{") + encoded.count(b"[")
-    if brackets > MAX_DEPTH and (problem := why_not_json(plain)):
-        raise InvalidInput(f"{where}: {problem}")
     return encoded
 
 
@@ -296,8 +297,10 @@ def _part_text(part: Any) -> Iterator[str]:
             yield from _leaves(inner, parse=True)
         elif field == "content" and isinstance(value, list):
             for inner_part in value:
-                said = inner_part.get("text") if isinstance(inner_part, Mapping) else inner_part
-                yield from _leaves(said, parse=False)
+                if isinstance(inner_part, Mapping):
+                    yield from _part_text(inner_part)
+                else:
+                    yield from _leaves(inner_part, parse=False)
         else:
             yield from _leaves(value, parse=field != "text")
 

@@ -17,6 +17,7 @@ from recallq import (
     BackendError,
     BackendUnavailable,
     ClientClosed,
+    ConfigurationError,
     InternalError,
     InvalidInput,
     JobCancelled,
@@ -167,6 +168,20 @@ async def test_results_come_as_the_callers_class(redis_worker: Worker, user: str
         assert await client.list_memory(user) == [mine]
         (hit,) = await client.search(user, "tea")
         assert hit.message == mine
+
+
+async def test_a_message_that_does_not_fit_the_callers_class_is_named(
+    redis_worker: Worker, user: str
+) -> None:
+    async with MemoryClient(
+        redis_worker.url, namespace=redis_worker.namespace, message_type=_TheirMessage
+    ) as client:
+        added = await client.add_memory(user, "content that is a string", "s")
+        await client.add_memory(user, {"role": "user", "content": "no list of parts"}, "s")
+        with pytest.raises(ConfigurationError, match="message_type"):
+            await client.list_memory(user)
+        assert (await client.delete_memory(user)).removed == 2
+        assert added.added == 1
 
 
 class TestHandles:
@@ -488,8 +503,11 @@ class TestOneRedisForEachPurpose:
                 handle = await client.submit_search(f"{user}1", "tea")
                 assert len(await handle.result(10)) == 10
                 assert await client.delete_memory(f"{user}1")
-                outstanding = await client.transport.outstanding()
-        assert sum(outstanding.values()) == 0
+
+                async def all_settled() -> bool:  # on another Redis, so just after the answer
+                    return not any((await client.transport.outstanding()).values())
+
+                await eventually(all_settled)
         async with redis_at(redis_url) as redis:
             strays = [key async for key in redis.scan_iter(f"{namespace}*")]
         assert strays == []

@@ -109,7 +109,7 @@ class MemoryService:
             together = await self._guarded(lambda: self._store.add(everything))
         if isinstance(together, JobError) and len(runnable) > 1:
             log.warning("a batch of adds failed (%s); adding job by job", type(together).__name__)
-            await self._each(jobs, runnable, claim, result)
+            await self._each(jobs, runnable, claim, result, begun=True)
             return
         start = 0
         for index in runnable:
@@ -123,13 +123,20 @@ class MemoryService:
     # --- job by job -----------------------------------------------------------------------------
 
     async def _each(
-        self, jobs: Sequence[AnyJob], runnable: list[int], claim: Claim, result: BatchResult
+        self,
+        jobs: Sequence[AnyJob],
+        runnable: list[int],
+        claim: Claim,
+        result: BatchResult,
+        *,
+        begun: bool = False,
     ) -> None:
         slots = asyncio.Semaphore(self._parallel_jobs)
 
         async def settle(index: int) -> None:
             async with slots:
-                if late := self._lateness(jobs[index]):  # it may have waited long for its turn
+                # It may have waited long for its turn. What was begun is past expiring.
+                if not begun and (late := self._lateness(jobs[index])):
                     result.outcomes[index] = late
                     return
                 done = await self._guarded(lambda: self._one(jobs[index], _epoch(claim, index)))
