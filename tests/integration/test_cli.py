@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from recallq import sample
@@ -211,6 +212,19 @@ class TestUp:
             assert time.monotonic() < deadline
         assert "tea" in (bare("add", "u", "tea"), bare("list", "u"))[1].stdout
 
+    def test_nothing_outlives_it_even_if_it_is_killed(
+        self, bare: Shell, up: tuple[subprocess.Popen[str], str]
+    ) -> None:
+        process, _ = up
+        (worker,) = json.loads(bare("status", "--json").stdout)["workers"]
+        process.kill()
+        process.communicate()
+        deadline = time.monotonic() + 30
+        while _is_running(worker["pid"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "recallq up" in one_line(bare("status", code=1))
+
     def test_a_second_one_on_the_same_data_is_refused(
         self, bare: Shell, up: tuple[subprocess.Popen[str], str]
     ) -> None:
@@ -390,6 +404,14 @@ class TestIngest:
         assert process.returncode == 0
         assert b"100%" in shown
         assert b"81 messages" in shown
+
+
+def _is_running(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _stored(worker: Worker, user: str) -> int:

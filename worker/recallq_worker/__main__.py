@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 from typing import Annotated, Optional
 
 import orjson
@@ -13,6 +16,9 @@ from recallq.contract import Lane
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError
 from recallq_worker.backends import registry
 from recallq_worker.settings import WorkerSettings
+
+_LAST_CHANCE = 20.0
+"""Seconds that a worker whose owner is gone has to finish what it holds."""
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -24,6 +30,9 @@ def worker(
     concurrency: Annotated[Optional[int], typer.Option(min=1, help="Batches at once.")] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "WARNING",
     name: Annotated[Optional[str], typer.Option(help="Celery node name.")] = None,
+    until_stdin_ends: Annotated[
+        bool, typer.Option(help="Stop when standard input ends, as it does with its owner.")
+    ] = False,
 ) -> None:
     """Run a worker until it is told to stop."""
     # By way of the environment: the app reads its settings there, in this process and in forks.
@@ -37,6 +46,8 @@ def worker(
     if missing:
         raise MissingExtra("the worker", "worker")
     registry.load(settings.backend)
+    if until_stdin_ends:
+        threading.Thread(target=_stop_with_stdin, name="recallq-stdin", daemon=True).start()
 
     from celery.bin.celery import celery
 
@@ -64,6 +75,16 @@ def worker(
 def backends() -> None:
     """Print the registered backends as JSON."""
     print(orjson.dumps([each.model_dump() for each in registry.available()]).decode())
+
+
+def _stop_with_stdin() -> None:
+    """Ends the worker once nobody holds the other end of its standard input: whoever started it
+    is gone, perhaps without having had the time to stop it, and perhaps Redis with it."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_LAST_CHANCE)
+    os._exit(1)
 
 
 def _lanes(names: str) -> list[Lane]:

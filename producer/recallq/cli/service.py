@@ -128,7 +128,10 @@ def _worker_with_embedded_redis(command: list[str]) -> None:
             flush=True,
         )
         process = subprocess.Popen(
-            command, env=worker_environment(redis.url), start_new_session=True
+            [*command, "--until-stdin-ends"],
+            stdin=subprocess.PIPE,
+            env=worker_environment(redis.url),
+            start_new_session=True,
         )
         try:
             while process.poll() is None and not stopping.is_set():

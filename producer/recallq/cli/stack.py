@@ -74,11 +74,14 @@ class WorkerProcess:
 
     def launch(self) -> None:
         """Starts it without waiting. Raises `MissingExtra`."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()  # of the one before
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                worker_command("worker", "--lanes", self._lanes),
-                stdin=subprocess.DEVNULL,
+                worker_command("worker", "--lanes", self._lanes, "--until-stdin-ends"),
+                # Nothing is written to it: it ends with this process, however that ends.
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 env=worker_environment(self._url, self._backend),
@@ -113,6 +116,9 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        finally:
+            if process.stdin is not None:
+                process.stdin.close()
 
     def _said(self) -> str:
         with self.log_path.open("rb") as log:
