@@ -90,6 +90,7 @@ class MemoryClient:
             await transport.start()
         except BaseException:
             self._transport = None
+            await transport.stop()
             raise
 
     async def stop(self) -> None:

@@ -7,11 +7,16 @@ keys never repeat or go back within one clock, whatever the calibration does.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 
-from recallq.redis_client import RedisClient
+from redis.exceptions import RedisError
+
+from recallq.redis_client import COMMAND_TIMEOUT, RedisClient
 
 _PROBES = 5
+_RECALIBRATE = 300.0
 
 
 class FleetClock:
@@ -46,3 +51,12 @@ class FleetClock:
 
     def _now_us(self) -> int:
         return time.monotonic_ns() // 1000 + self._offset_us
+
+
+async def keep_time(clock: FleetClock, redis: RedisClient) -> None:
+    """Calibrates `clock` now and then, for ever; what a client or a worker runs as a task."""
+    while True:
+        await asyncio.sleep(_RECALIBRATE)
+        with contextlib.suppress(RedisError, OSError):
+            async with asyncio.timeout(COMMAND_TIMEOUT):
+                await clock.calibrate(redis)

@@ -159,6 +159,8 @@ class Batch(BaseModel, Generic[J]):
     operation: Operation
     backend: str | None = None
     """The backend the client insists on; None takes whatever the worker runs."""
+    listed: bool = False
+    """Whether the batch was entered in the ledger, as clients do and plain Celery does not."""
     jobs: list[J]
 
 
@@ -203,7 +205,7 @@ def make_batch(
     for index, job in enumerate(jobs):
         job.id = f"{batch_id}-{index}"
     return _BATCHES[operation].model_construct(
-        id=batch_id, lane=lane, operation=operation, backend=backend, jobs=jobs
+        id=batch_id, lane=lane, operation=operation, backend=backend, listed=True, jobs=jobs
     )
 
 

@@ -66,9 +66,9 @@ class JobHandle:
         return await self.status() is JobState.CANCELLED
 
     async def _settled(self) -> Outcome:
-        transport = self._client.transport
         interval = _FIRST_POLL
         while True:
+            transport = self._client.transport  # raises once the client is stopped
             # Listening first and looking second: a result that comes in between is not missed.
             news = transport.listen(self._ref)
             try:

@@ -54,7 +54,8 @@ return {1, outstanding}
 
 # KEYS: batch. ARGV: the job's index.
 _CANCEL = """
-local state = redis.call('HGET', KEYS[1], 's')
+local state, jobs = unpack(redis.call('HMGET', KEYS[1], 's', 'n'))
+if not jobs or tonumber(ARGV[1]) >= tonumber(jobs) then return false end
 if state == 'queued' then redis.call('HSET', KEYS[1], 'c' .. ARGV[1], 1) end
 return state
 """

@@ -34,6 +34,8 @@ COMMAND_TIMEOUT = 10.0
 # makes, in the middle of the event loop.
 _DRIVER = DriverInfo()
 
+_URL_OPTIONS = ("db", "username", "password")
+_KNOWN_OPTIONS = ", ".join((*_URL_OPTIONS, "ssl_*"))
 _SCHEMES = ("redis://", "rediss://", "unix://")
 
 # A silent peer is asked after 15 s, and given up after three more unanswered questions.
@@ -85,6 +87,9 @@ def check_url(url: str) -> str:
         raise ValueError(f"must start with one of {', '.join(_SCHEMES)}")
     if "#" in url:
         raise ValueError("has a '#', which ends a URL; write %23 for one in a password")
+    for option in dict(parse_qsl(urlsplit(url).query)):
+        if option not in _URL_OPTIONS and not option.startswith("ssl_"):
+            raise ValueError(f"has options that workers do not know; known are {_KNOWN_OPTIONS}")
     try:
         # Makes the object, and connects to nothing.
         ConnectionPool.from_url(url, driver_info=_DRIVER).make_connection()  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ import orjson
 from celery import Celery
 from redis import exceptions as redis_exceptions
 
-from recallq.clock import FleetClock
+from recallq.clock import FleetClock, keep_time
 from recallq.contract import (
     AnyJob,
     Batch,
@@ -48,7 +48,6 @@ log = logging.getLogger(__name__)
 _FIRST_LOOK_UP = 0.5
 """Seconds after which a result is first looked up rather than waited for."""
 _LOOK_UP_CHUNK = 200
-_RECALIBRATE = 300.0
 
 
 class CeleryEnvelope:
@@ -139,7 +138,7 @@ class Transport:
         self._tasks = [
             asyncio.create_task(self._receive(subscribed), name="recallq-receive"),
             asyncio.create_task(self._look_up_late_results(), name="recallq-look-up"),
-            asyncio.create_task(self._keep_time(), name="recallq-clock"),
+            asyncio.create_task(keep_time(self.clock, self._coordination), name="recallq-clock"),
         ]
         # Not fatal: what is published before the subscription stands is found by looking it up.
         with contextlib.suppress(TimeoutError):
@@ -212,10 +211,9 @@ class Transport:
                 del self._expected[batch_id]
 
     def listen(self, ref: JobRef) -> asyncio.Future[Outcome]:
-        """A future for a job's outcome; for another client's job one that never comes true."""
+        """A future for a job's outcome. Another client's comes only by looking it up."""
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        if ref.client_id == self.client_id:
-            self.expect(ref.batch_id, ref.index, outcome)
+        self.expect(ref.batch_id, ref.index, outcome)
         return outcome
 
     async def cancel(self, ref: JobRef) -> bool:
@@ -334,13 +332,6 @@ class Transport:
             expected.next_look_up = now + expected.interval
             if stored is not None:
                 self._resolve(expected, cast("bytes", stored))
-
-    async def _keep_time(self) -> None:
-        while True:
-            await asyncio.sleep(_RECALIBRATE)
-            with contextlib.suppress(redis_exceptions.RedisError, OSError):
-                async with asyncio.timeout(COMMAND_TIMEOUT):
-                    await self.clock.calibrate(self._coordination)
 
 
 def _read_result(stored: bytes) -> BatchResult:

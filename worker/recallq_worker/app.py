@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from celery import Celery, bootsteps
 from celery.signals import worker_process_init, worker_process_shutdown, worker_ready
@@ -84,6 +84,9 @@ def configuration(settings: WorkerSettings) -> dict[str, Any]:
             "socket_keepalive": True,
             "health_check_interval": 30,
         },
+        # Fleets on one Redis must not hear each other's remote control, nor other Celery apps'.
+        "control_exchange": f"{namespace}.control",
+        "event_exchange": f"{namespace}.events",
         "worker_send_task_events": False,
         # The ready line is for supervisors and people, not for the log.
         "worker_redirect_stdouts": False,
@@ -97,13 +100,25 @@ def _queue(name: str) -> Queue:
 
 
 def celery_url(url: str) -> str:
-    """A Redis URL as kombu and Celery spell it; they know Unix sockets by another scheme."""
-    if not url.startswith("unix://"):
-        return url
+    """A Redis URL as kombu and Celery spell it.
+
+    They know Unix sockets by another scheme, the database only as the path, and credentials only
+    in front of the host; and without a word they do not check a server's certificate.
+    """
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
-    query["virtual_host"] = query.pop("db", "0")
-    return f"redis+socket://{parts.netloc}{parts.path}?{urlencode(query)}"
+    database = query.pop("db", None) or parts.path.strip("/") or "0"
+    username, password = query.pop("username", None), query.pop("password", None)
+    location = parts.netloc
+    if password is not None and "@" not in location:
+        location = f"{quote(username or '', safe='')}:{quote(password, safe='')}@{location}"
+    if parts.scheme == "unix":
+        query["virtual_host"] = database if database.isdigit() else "0"
+        return f"redis+socket://{location}{parts.path}?{urlencode(query)}"
+    if parts.scheme == "rediss":
+        query.setdefault("ssl_cert_reqs", "required")
+    options = f"?{urlencode(query)}" if query else ""
+    return f"{parts.scheme}://{location}/{database}{options}"
 
 
 class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no annotations
@@ -114,14 +129,20 @@ class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
             return  # each child opens its own
         try:
             _open(worker.app, worker.concurrency)
+            worker.app.backend  # noqa: B018  # a result URL that cannot work must end the start
         except RecallQError as error:
             print(f"recallq worker: {error}", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
 
     def stop(self, worker: Any) -> None:
+        # Celery orders steps without a dependency at random, so the pool may come after this one.
+        # Stopping it waits for what runs, which needs the loop; stopping it again does nothing.
+        if not _forks(worker) and getattr(worker, "pool", None) is not None:
+            worker.pool.stop()
         runtime.stop()
 
-    terminate = stop
+    def terminate(self, worker: Any) -> None:
+        runtime.stop()
 
 
 def _open(celery: Celery, concurrency: int) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import orjson
+from celery.states import READY_STATES
+
 from recallq.contract import AnyBatch, Operation
 from recallq.keys import Keys
 from recallq.redis_client import RedisClient
@@ -71,5 +74,6 @@ class WorkerLedger:
         return Claim(epochs)
 
     async def has_result(self, batch_id: str) -> bool:
-        """Whether the batch was answered, be it in part."""
-        return bool(await self._results.exists(self._keys.result(batch_id)))
+        """Whether the batch was answered, and not only in part."""
+        stored = await self._results.get(self._keys.result(batch_id))
+        return stored is not None and orjson.loads(stored).get("status") in READY_STATES

@@ -20,15 +20,37 @@ from recallq_worker import settings as worker_settings
 
 # KEYS: batch, ledger, outstanding. ARGV: batch id.
 _SETTLE = """
-local entry = redis.call('HMGET', KEYS[1], 'l', 'n')
-if entry[1] then
-  redis.call('DEL', KEYS[1])
-  redis.call('ZREM', KEYS[2], ARGV[1])
-  if redis.call('HINCRBY', KEYS[3], entry[1], -entry[2]) <= 0 then
-    redis.call('HDEL', KEYS[3], entry[1])
+local function settle(batch, ledger, outstanding, id)
+  local entry = redis.call('HMGET', batch, 'l', 'n')
+  if entry[1] then
+    redis.call('DEL', batch)
+    redis.call('ZREM', ledger, id)
+    if redis.call('HINCRBY', outstanding, entry[1], -entry[2]) <= 0 then
+      redis.call('HDEL', outstanding, entry[1])
+    end
   end
 end
 """
+
+# KEYS: result, batch, ledger, outstanding.
+# ARGV: batch id, result, seconds to keep it, channel, announcement, final (1/0), settle here (1/0).
+# A final result stays as it is: a batch that two workers ran, because one was taken for dead, is
+# answered once, and no late part of an answer takes its place.
+_STORE = (
+    _SETTLE
+    + """
+local before = redis.call('GET', KEYS[1])
+if before and not string.find(string.sub(before, 1, 40), 'PARTIAL', 1, true) then
+  if ARGV[7] == '1' then settle(KEYS[2], KEYS[3], KEYS[4], ARGV[1]) end
+  return
+end
+redis.call('SET', KEYS[1], ARGV[2])
+if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3]) end
+redis.call('PUBLISH', ARGV[4], ARGV[5])
+if ARGV[6] == '1' and ARGV[7] == '1' then settle(KEYS[2], KEYS[3], KEYS[4], ARGV[1]) end
+"""
+)
+_SETTLE += "settle(KEYS[1], KEYS[2], KEYS[3], ARGV[1])"
 
 
 class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annotations
@@ -54,8 +76,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
         request: Any = None,
         **kwargs: Any,
     ) -> Any:
-        # Celery reads the stored result first, so as not to overwrite a success. Here the ledger
-        # sees to that: a batch that was settled is not begun again.
+        # Celery reads the stored result first, so as not to overwrite a success, and then writes.
+        # Here the script does both at once.
         meta = self._get_result_meta(
             result=result, state=state, traceback=traceback, request=request
         )
@@ -65,22 +87,18 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
         return result
 
     def _store_and_settle(self, task_id: str, stored: bytes, final: bool) -> None:
+        ledger = [self._keys.batch(task_id), self._keys.ledger, self._keys.outstanding]
+        keep = self.get_key_for_task(task_id)
         channel = self._keys.reply_channel(client_of(task_id))
-        with self.client.pipeline(transaction=True) as pipe:
-            pipe.set(self.get_key_for_task(task_id), stored, ex=self.expires or None)
-            pipe.publish(channel, task_id.encode() + b"\n" + stored)
-            if final and self._coordination is None:
-                self._settle(pipe, task_id)
-            pipe.execute()
-        if final and self._coordination is not None:
-            self._settle(self._coordination, task_id)
-
-    def _settle(self, redis: Any, task_id: str) -> None:
-        redis.eval(
-            _SETTLE,
-            3,
-            self._keys.batch(task_id),
-            self._keys.ledger,
-            self._keys.outstanding,
-            task_id,
+        news = task_id.encode() + b"\n" + stored
+        together = self._coordination is None
+        self.client.eval(
+            _STORE,
+            1 + len(ledger),
+            keep,
+            *ledger,
+            *(task_id, stored, self.expires or 0, channel, news),
+            *("1" if final else "0", "1" if together else "0"),
         )
+        if final and self._coordination is not None:
+            self._coordination.eval(_SETTLE, len(ledger), *ledger, task_id)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from redis import exceptions as redis_exceptions
 
-from recallq.clock import FleetClock
+from recallq.clock import FleetClock, keep_time
 from recallq.contract import Lane
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError, ServiceUnavailable
 from recallq.keys import Keys
@@ -82,6 +82,7 @@ class Runtime:
     def start(self) -> None:
         """Starts the loop and opens everything. Raises `ConfigurationError` or
         `ServiceUnavailable`, with nothing left open."""
+        self._loop_factory = _loop_factory()
         self._thread.start()
         self._serving.wait()
         try:
@@ -102,7 +103,7 @@ class Runtime:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _serve(self) -> None:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=self._loop_factory) as runner:
             self._loop = runner.get_loop()
             self._loop.call_soon(self._serving.set)
             self._loop.run_forever()
@@ -153,9 +154,10 @@ class Runtime:
             await store.start()
         except RecallQError as error:
             raise ServiceUnavailable(f"backend {backend.name} does not start: {error}") from error
-        self._background.append(
-            asyncio.create_task(self._sign(WorkerRegistry(coordination, self._keys)))
-        )
+        self._background += [
+            asyncio.create_task(self._sign(WorkerRegistry(coordination, self._keys))),
+            asyncio.create_task(keep_time(clock, coordination)),
+        ]
         if self._lease is not None:
             self._background.append(asyncio.create_task(self._hold(self._lease)))
 
@@ -210,7 +212,7 @@ class Runtime:
     async def _take_again(self, lease: OwnerLease) -> bool:
         """After a Redis without persistence was restarted, say: the lease is gone, not taken."""
         try:
-            await lease.acquire()
+            await lease.acquire(patience=0)
         except ConfigurationError:
             return False
         return True

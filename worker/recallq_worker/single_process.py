@@ -46,9 +46,10 @@ class OwnerLease:
         self._renew = redis.register_script(_RENEW)
         self._release = redis.register_script(_RELEASE)
 
-    async def acquire(self) -> None:
-        """Raises `ConfigurationError` if another process holds the lease."""
-        give_up = time.monotonic() + LEASE_SECONDS + 1
+    async def acquire(self, *, patience: float = LEASE_SECONDS + 1) -> None:
+        """Raises `ConfigurationError` if another process holds the lease and keeps it for
+        `patience` seconds."""
+        give_up = time.monotonic() + patience
         while True:
             taken = await self._redis.set(
                 self._key, self._owner, nx=True, px=int(LEASE_SECONDS * 1000)
@@ -61,8 +62,7 @@ class OwnerLease:
             if _is_gone(holder):
                 await self._release(keys=[self._key], args=[holder])
                 continue
-            elsewhere = orjson.loads(holder)["host"] != socket.gethostname()
-            if not elsewhere or time.monotonic() > give_up:
+            if not _may_be_gone(holder) or time.monotonic() >= give_up:
                 raise ConfigurationError(self._refusal(holder))
             await asyncio.sleep(0.5)  # its machine may have died: then the lease runs out
 
@@ -83,11 +83,18 @@ class OwnerLease:
         )
 
 
+def _may_be_gone(holder: bytes) -> bool:
+    """Whether only time can tell if the holder lives: it is on another machine."""
+    return bool(orjson.loads(holder)["host"] != socket.gethostname())
+
+
 def _is_gone(holder: bytes) -> bool:
     """Whether the holder was a process of this machine that runs no more."""
     owner = orjson.loads(holder)
     if owner["host"] != socket.gethostname():
         return False
+    if owner["pid"] == os.getpid():
+        return True  # a container that was started again: same name, same pid, another process
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from celery import Celery, Task
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 from redis.exceptions import RedisError
 
 from recallq.contract import PARTIAL, AnyBatch, BatchResult, Operation, decode_batch
@@ -24,6 +25,8 @@ from recallq_worker.ledger import Claim, WorkerLedger
 from recallq_worker.runtime import Services
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _LONGEST_GRACE = 1.0
 
@@ -54,6 +57,8 @@ def run_batch(task: Task, *args: Any, **kwargs: Any) -> BatchResult:
     while True:
         concurrent.futures.wait([done], timeout=grace)
         if done.done():
+            if done.cancelled():  # the process ends; another will run the batch
+                raise Reject("the worker was stopped", requeue=True)
             if not done.result():
                 raise Ignore  # done and answered before; only the acknowledgement was lost
             return result
@@ -73,17 +78,7 @@ def _answer_early(task: Task, result: BatchResult) -> None:
 
 async def _work(services: Services, worker_id: str, batch: AnyBatch, result: BatchResult) -> bool:
     """Runs a batch; False if it turned out to be done already."""
-    delay = 0.05
-    while True:
-        try:
-            async with asyncio.timeout(COMMAND_TIMEOUT):
-                claim = await _claim(services.ledger, batch, worker_id)
-            break
-        except (RedisError, OSError) as error:
-            # The message is ours and stays unacknowledged: nothing is lost by waiting for Redis.
-            log.warning("cannot claim a batch yet: %s", type(error).__name__)
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, 1.0)
+    claim = await _insistently(lambda: _claim(services.ledger, batch, worker_id))
     if claim is None:
         log.info("batch %s was answered before; not run again", batch.id)
         return False
@@ -92,19 +87,38 @@ async def _work(services: Services, worker_id: str, batch: AnyBatch, result: Bat
 
 
 async def _claim(ledger: WorkerLedger, batch: AnyBatch, worker_id: str) -> Claim | None:
-    """None if the batch was answered before. One that is not in the ledger and has no result was
-    published by plain Celery."""
+    """None if the batch was answered before.
+
+    A batch that a client entered in the ledger and that is there no more was settled, however long
+    ago. Only one that plain Celery published was never there.
+    """
     claim = await ledger.claim(batch, worker_id)
-    if claim is not None or await ledger.has_result(batch.id):
+    if claim is not None or batch.listed or await ledger.has_result(batch.id):
         return claim
     return await ledger.claim_unlisted(batch)
 
 
+async def _insistently(work: Callable[[], Awaitable[T]]) -> T:
+    """Does `work` as soon as Redis allows. The message is ours and stays unacknowledged meanwhile,
+    so nothing is lost by waiting."""
+    delay = 0.05
+    while True:
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT):
+                return await work()
+        except (RedisError, OSError) as error:
+            log.warning("Redis does not answer yet: %s", type(error).__name__)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 1.0)
+
+
 async def _bury(services: Services, payload: object, error: UndecodableJob) -> None:
     log.error("undecodable message: %s; kept as a dead letter", error)
-    await services.dead_letters.add(
-        kind="undecodable",
-        payload=payload if isinstance(payload, str) else repr(payload),
-        error=str(error),
-        at=services.clock.now(),
+    await _insistently(
+        lambda: services.dead_letters.add(
+            kind="undecodable",
+            payload=payload if isinstance(payload, str) else repr(payload),
+            error=str(error),
+            at=services.clock.now(),
+        )
     )

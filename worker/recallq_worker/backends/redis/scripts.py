@@ -51,6 +51,11 @@ for i in pairs(touched) do
     end
   end
 end
+if ttl == 0 and next(touched) then
+  -- Another worker, or this one before, may have been told to let memories expire.
+  for i = 1, 3 do redis.call('PERSIST', KEYS[i]) end
+  for i in pairs(touched) do redis.call('PERSIST', KEYS[4 + i]) end
+end
 if ttl > 0 and next(touched) then
   for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ttl) end
   for i in pairs(touched) do redis.call('PEXPIRE', KEYS[4 + i], ttl) end
