@@ -232,13 +232,20 @@ async def test_making_a_client_does_not_block_the_loop(redis_url: str) -> None:
     [
         "redis://[::1]:6379/0",
         "rediss://user:p%40ss%23word@host:1/2?ssl_cert_reqs=required&ssl_ca_certs=/etc/ca.pem",
-        "redis://host?db=3&socket_timeout=5",
+        "redis://host?db=3&username=u&password=p",
         "unix:///run/redis.sock?db=3",
     ],
 )
 def test_urls_may_have_options(url: str) -> None:
-    """As redis-py knows them; special characters are percent-encoded."""
+    """Those that clients and workers know; special characters are percent-encoded."""
     assert ClientSettings.load(redis_url=url).redis_url == url
+
+
+@pytest.mark.parametrize("option", ["socket_timeout=5", "protocol=3", "health_check_interval=10"])
+def test_an_option_that_celery_would_stumble_over_is_refused(option: str) -> None:
+    """A client could use it, and the worker would die of it."""
+    with pytest.raises(ConfigurationError, match="ssl_"):
+        ClientSettings.load(redis_url=f"redis://host/0?{option}")
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "unix"])
