@@ -35,7 +35,6 @@ from pytest_celery import (
     RedisTestBroker,
 )
 
-from recallq.errors import MissingExtra
 from tests.nodes import LocalRedisContainer, LocalWorkerContainer
 
 NODES = os.environ.get("RECALLQ_TEST_NODES", "local")
@@ -51,12 +50,7 @@ def redis_node(
         return
     if NODES != "local":
         pytest.fail(f"RECALLQ_TEST_NODES={NODES}: expected 'local' or 'docker'")
-    try:
-        container = LocalRedisContainer.launch(tmp_path / "redis")
-    except MissingExtra as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
+    container = LocalRedisContainer.launch(tmp_path / "redis")
     yield container
     container.teardown()
 

@@ -22,13 +22,6 @@ from recallq import embedded
 from recallq.embedded import EmbeddedRedis, find_server
 from recallq.errors import ConfigurationError, MissingExtra
 
-try:
-    find_server()
-except MissingExtra as missing:
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(str(missing), allow_module_level=True)
-
 # Starts a Redis and stays, returns, or stays together with a child that it forked.
 PARENT = """
 import os, sys, time

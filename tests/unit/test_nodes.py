@@ -25,8 +25,6 @@ from pytest_celery import (
 )
 from pytest_docker_tools.exceptions import ContainerFailed, ContainerNotReady
 
-from recallq.embedded import find_server
-from recallq.errors import MissingExtra
 from tests.nodes import (
     LocalContainer,
     LocalProcess,
@@ -85,12 +83,6 @@ def worker(tmp_path: Path) -> Iterator[StubWorker]:
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[LocalRedisContainer]:
-    try:
-        find_server()
-    except MissingExtra as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
     container = LocalRedisContainer.launch(tmp_path / "redis")
     yield container
     container.teardown()
