@@ -27,6 +27,7 @@ from recallq.contract import (
     encode_batch,
     make_batch,
 )
+from recallq.dead_letter_box import DeadLetterBox
 from recallq.errors import (
     ClientClosed,
     ConfigurationError,
@@ -130,6 +131,11 @@ class MemoryClient:
         if self._transport is None:
             raise ClientClosed("the client is not started; use 'async with' or await start()")
         return self._transport
+
+    @property
+    def dead_letters(self) -> DeadLetterBox:
+        """Writes that failed for good, of all tenants: to look at, to replay, to purge."""
+        return DeadLetterBox(self)
 
     async def workers(self) -> list[WorkerInfo]:
         """The worker processes that have given a sign of life in the last ten seconds."""

@@ -25,6 +25,7 @@ from recallq.errors import (
     JobCancelled,
     JobError,
     JobExpired,
+    ResultWithdrawn,
     UndecodableJob,
     UnknownJob,
     to_wire,
@@ -49,6 +50,11 @@ class Operation(StrEnum):
     @property
     def task_name(self) -> str:
         return f"recallq.{self.value}"
+
+    @property
+    def writes(self) -> bool:
+        """Whether a job of it that fails is worth keeping."""
+        return self in (Operation.ADD, Operation.DELETE)
 
 
 class Lane(StrEnum):
@@ -102,6 +108,8 @@ class AddJob(Job):
     order: int = Field(ge=0, lt=2**53)
     """Order key: microseconds on the shared clock at submission, unique within a producer."""
     idempotency_key: str | None = None
+    origin: str | None = None
+    """Of a dead letter's replay: the job that died. What it had stored is not stored again."""
 
     def record_id(self, index: int) -> str:
         """The id of the record that holds message `index`: the same however often the job runs.
@@ -109,7 +117,7 @@ class AddJob(Job):
         Ids of one job sort by index, so (order key, record id) orders a session's messages.
         """
         if self.idempotency_key is None:
-            return f"{self.id}-{index:05x}"
+            return f"{self.origin or self.id}-{index:05x}"
         parts = (self.scope.tenant, self.scope.user_id, self.scope.session_id or DEFAULT_SESSION,
                  self.idempotency_key)  # fmt: skip
         digest = hashlib.sha256()
@@ -290,7 +298,9 @@ class JobState(StrEnum):
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
+    """A read that failed: there is nothing to keep of it."""
     DEAD = "dead"
+    """A write that failed for good: it is kept as a dead letter."""
     CANCELLED = "cancelled"
     EXPIRED = "expired"
 
@@ -378,6 +388,7 @@ def cancelled() -> Outcome:
 _STATE_OF_ERROR: dict[type[JobError], JobState] = {
     JobCancelled: JobState.CANCELLED,
     JobExpired: JobState.EXPIRED,
+    ResultWithdrawn: JobState.EXPIRED,
 }
 
 
@@ -390,6 +401,11 @@ class BatchResult(BaseModel):
     outcomes: list[Outcome | None] = Field(default_factory=list, repr=False)
     error: dict[str, Any] | None = None
     """Set when the batch failed as a whole, because the worker could not read it."""
+    users: list[str] = Field(default_factory=list, repr=False)
+    """Of reads: the hash tag of each job's user."""
+    epochs: list[int] = Field(default_factory=list)
+    """Of reads: how many deletions each job's user had seen when it was submitted. An answer from
+    before a deletion is not shown after it."""
 
 
 PARTIAL = "PARTIAL"

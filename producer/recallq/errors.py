@@ -11,12 +11,14 @@
     └── JobError                              what became of one job
         ├── JobTimeout (TimeoutError)         no answer within the caller's timeout
         ├── JobExpired                        its deadline passed before a worker began it
-        ├── JobCancelled                      cancelled before a worker began it
+        ├── JobCancelled                      cancelled before a worker began it, or stopped
+        ├── ResultWithdrawn                   a read's answer from before a deletion
         └── JobFailed                         a worker ran it and it failed
             ├── BackendError                  the memory backend refused it; a retry would not help
             ├── BackendUnavailable            the memory backend cannot be reached or is overloaded
             ├── WrongBackend                  the worker runs another backend than the job asked for
             ├── UndecodableJob                the worker could not read the message
+            ├── WorkerLost                    whichever worker ran it died of it
             └── InternalError                 a defect in RecallQ itself
 
 Errors cross the wire as ``{"code", "message", ...}``: `to_wire` and `from_wire` are the only
@@ -102,9 +104,17 @@ class JobExpired(JobError):
 
 
 class JobCancelled(JobError):
-    """The job was cancelled before a worker began it; it was not run."""
+    """The job was cancelled before a worker began it, or stopped while one ran it: the message says
+    which. What a stopped job had done already stays done."""
 
     code = "cancelled"
+
+
+class ResultWithdrawn(JobError):
+    """Memories of the user were deleted after the read was submitted, so its stored answer is not
+    shown any more; ask again."""
+
+    code = "withdrawn"
 
 
 class JobFailed(JobError):
@@ -146,6 +156,12 @@ class UndecodableJob(JobFailed):
     code = "undecodable"
 
 
+class WorkerLost(JobFailed):
+    """Each worker that ran the job died while it did, so it is not run again by itself."""
+
+    code = "worker_lost"
+
+
 class InternalError(JobFailed):
     """A defect in RecallQ: the worker met an error that nothing there expects."""
 
@@ -159,11 +175,13 @@ _BY_CODE: dict[str, type[JobError]] = {
         JobTimeout,
         JobExpired,
         JobCancelled,
+        ResultWithdrawn,
         JobFailed,
         BackendError,
         BackendUnavailable,
         WrongBackend,
         UndecodableJob,
+        WorkerLost,
         InternalError,
     )
 }

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from recallq.contract import JobRef, JobState, Outcome, cancelled
-from recallq.errors import JobTimeout, UnknownJob
+from recallq.contract import JobRef, JobState, Outcome, cancelled, failed
+from recallq.errors import JobExpired, JobTimeout, UnknownJob
 
 if TYPE_CHECKING:
     from recallq.client import MemoryClient
 
 _FIRST_POLL = 0.02
 _LONGEST_POLL = 0.5
+_CLOCK_ERROR = 0.5
+"""Seconds by which this machine's idea of the shared clock may differ from a worker's."""
 
 
 class JobHandle:
@@ -33,10 +35,15 @@ class JobHandle:
         return f"JobHandle({self.id!r})"
 
     async def status(self) -> JobState:
-        """The job's state now. Raises `UnknownJob` if there is no such job, or no longer."""
+        """The job's state now. Raises `UnknownJob` if there is no such job, or no longer.
+
+        A job that waits for another attempt is queued, as one that was never begun.
+        """
         found = await self._client.transport.fetch(self._ref)
         if found is None:
             raise self._unknown()
+        if found.state is JobState.QUEUED and self._is_late(await self._deadline()):
+            return JobState.EXPIRED
         return found.state
 
     async def result(self, timeout: float | None = None) -> Any:
@@ -57,16 +64,23 @@ class JobHandle:
         return self._client.value_of(outcome, self.id)
 
     async def cancel(self) -> bool:
-        """Cancels the job if no worker has begun its batch; says whether it did.
+        """Cancels the job if it is queued; says whether it did.
 
-        Raises `UnknownJob`.
+        One that runs is asked to stop, and False returned: it may end as cancelled within a few
+        seconds, with a part of its work done, or come to its end. Raises `UnknownJob`.
         """
-        if await self._client.transport.cancel(self._ref):
-            return True
+        state = await self.status()
+        if state.settled:
+            return state is JobState.CANCELLED
+        state_then = await self._client.transport.cancel(self._ref)
+        if state_then is not None:
+            return state_then is JobState.QUEUED
         return await self.status() is JobState.CANCELLED
 
     async def _settled(self) -> Outcome:
         interval = _FIRST_POLL
+        deadline: float | None = None
+        asked = False
         while True:
             transport = self._client.transport  # raises once the client is stopped
             # Listening first and looking second: a result that comes in between is not missed.
@@ -79,12 +93,25 @@ class JobHandle:
                     return found
                 if found.state is JobState.CANCELLED:
                     return cancelled()
+                if found.state is JobState.QUEUED:
+                    # Nobody may be there to say that it has expired.
+                    if not asked:
+                        deadline, asked = await self._deadline(), True
+                    if self._is_late(deadline):
+                        return failed(JobExpired("the job's deadline passed before it was begun"))
                 await asyncio.wait([news], timeout=interval)
                 if news.done():
                     return news.result()
             finally:
                 news.cancel()
             interval = min(interval * 1.5, _LONGEST_POLL)
+
+    async def _deadline(self) -> float | None:
+        return await self._client.transport.deadline(self._ref)
+
+    def _is_late(self, deadline: float | None) -> bool:
+        """Whether no worker will begin a job any more, clocks being what they are."""
+        return deadline is not None and self._client.transport.clock.now() > deadline + _CLOCK_ERROR
 
     def _unknown(self) -> UnknownJob:
         return UnknownJob(

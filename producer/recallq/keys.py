@@ -31,8 +31,12 @@ class Keys:
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
-        self.ledger = f"{namespace}:ledger"
-        """Sorted set of outstanding batch ids by time of publication."""
+        self.held = f"{namespace}:held"
+        """Sorted set: ids of the batches that workers run, by the end of their lease (ms)."""
+        self.delayed = f"{namespace}:delayed"
+        """Sorted set: ids of the batches that wait for another attempt, by its time (ms)."""
+        self.queued_prefix = f"{namespace}:queued:"
+        self.batch_prefix = f"{namespace}:batch:"
         self.outstanding = f"{namespace}:outstanding"
         """Hash: lane -> jobs accepted and not settled."""
         self.workers = f"{namespace}:workers"
@@ -44,7 +48,11 @@ class Keys:
 
     def batch(self, batch_id: str) -> str:
         """Hash: the ledger's entry of one outstanding batch."""
-        return f"{self.namespace}:batch:{batch_id}"
+        return f"{self.batch_prefix}{batch_id}"
+
+    def queued(self, lane: str) -> str:
+        """Sorted set: ids of a lane's batches that nobody has begun, by publication (ms)."""
+        return f"{self.queued_prefix}{lane}"
 
     def result(self, batch_id: str) -> str:
         """Where Celery's Redis result backend keeps a batch's result."""
@@ -55,8 +63,12 @@ class Keys:
         return f"{self.namespace}:reply:{client_id}"
 
     def epochs(self, tenant: str, user_id: str) -> str:
-        """Hash: field ``n`` counts the user's deletions."""
-        return f"{self.namespace}:epoch:{self.user_tag(tenant, user_id)}"
+        """Hash: field ``n`` counts the user's deletions. ``*`` and ``s:<session>``: the epoch
+        below which nothing of the user, or of the session, is kept as a dead letter any more."""
+        return self.epochs_of(self.user_tag(tenant, user_id))
+
+    def epochs_of(self, user_tag: str) -> str:
+        return f"{self.namespace}:epoch:{user_tag}"
 
     def worker(self, worker_id: str) -> str:
         """A worker process's description; expires with its last sign of life."""
@@ -67,7 +79,12 @@ class Keys:
         return f"{self.namespace}:owner:{backend}"
 
     def dead_letter(self, letter_id: str) -> str:
+        """Hash: one dead letter."""
         return f"{self.namespace}:dead:{letter_id}"
+
+    def dead_letters_of(self, tenant: str, user_id: str) -> str:
+        """Set: the ids of a user's dead letters."""
+        return f"{self.namespace}:deadof:{self.user_tag(tenant, user_id)}"
 
     def user_tag(self, tenant: str, user_id: str) -> str:
         """``{tenant/user}``: the hash tag that all keys of one user share."""

@@ -5,58 +5,91 @@ is stored, so "accepted and not settled" is a fact in Redis rather than a guess:
 from running from unknown by it, lanes count their jobs by it, and the message's copy in it lets a
 lost message be sent again. The worker's side is `recallq_worker.ledger`.
 
-The hash of a batch: ``s`` state, ``l`` lane, ``n`` jobs, ``e`` the jobs' deletion epochs, ``m`` the
-Celery message, ``t`` time of publication (ms), ``d`` deliveries, ``w`` worker, ``c<i>`` job i is
-cancelled.
+A batch is in exactly one of three sorted sets: queued (one per lane), held by a worker under a
+lease, or delayed until its next attempt. Its hash:
 
-Deletion epochs: every delete raises its user's counter when it is published, and every add carries
-the counter's value of that moment. Both happen inside the publishing script, so an add is before or
-after a delete beyond doubt, without clocks.
+    s state   l lane   n jobs   e the jobs' deletion epochs   m the Celery message
+    t time of publication (ms)   q, z when and how often its message was pushed again
+    w worker   d deliveries since the last run that ended   a attempts that ended in trouble
+    h history: a JSON line per attempt
+    r the job that is run alone   k<i> how often job i was run alone and did not come to an end
+    c, p indexes of the jobs that were cancelled while queued, asked to stop while running: "3,17,"
+    x jobs that no longer count as outstanding
+
+Deletion epochs: every delete raises its user's counter when it is published, and every other job
+carries the counter's value of that moment. Both happen inside the publishing script, so a job is
+before or after a delete beyond doubt, without clocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
+
+import orjson
 
 from recallq.contract import AnyJob, Batch, JobState, Lane, Operation
 from recallq.errors import QueueFull
 from recallq.keys import Keys
 from recallq.redis_client import RedisClient
 
-# KEYS: batch, ledger, outstanding, queue, result, then the epoch hash of each user.
+NOW = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+"""Lua: `now` in milliseconds."""
+
+# KEYS: batch, queued, outstanding, queue, result, then the epoch hash of each user.
 # ARGV: batch id, lane, jobs, high-water mark, operation, message, enqueue here (1/0),
-#       "1,1,2": the user of each job.
+#       "1,1,2": the user of each job, "3,3,0": the jobs' epochs where they are known already.
 # Repeating it after a lost reply is harmless: a batch that is in the ledger is not entered again,
 # nor one that was answered in the meantime, where results are kept on the same Redis.
-_PUBLISH = """
+_PUBLISH = (
+    """
 if redis.call('EXISTS', KEYS[1], KEYS[5]) > 0 then return {1, 0} end
 local outstanding = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0')
 if outstanding >= tonumber(ARGV[4]) then return {0, outstanding} end
-local epochs = {}
-for user in string.gmatch(ARGV[8], '%d+') do
-  local key = KEYS[5 + tonumber(user)]
-  if ARGV[5] == 'delete' then
-    epochs[#epochs + 1] = redis.call('HINCRBY', key, 'n', 1)
-  else
-    epochs[#epochs + 1] = redis.call('HGET', key, 'n') or '0'
+local epochs = ARGV[9]
+if epochs == '' then
+  local each = {}
+  for user in string.gmatch(ARGV[8], '%d+') do
+    local key = KEYS[5 + tonumber(user)]
+    if ARGV[5] == 'delete' then
+      each[#each + 1] = redis.call('HINCRBY', key, 'n', 1)
+    else
+      each[#each + 1] = redis.call('HGET', key, 'n') or '0'
+    end
   end
+  epochs = table.concat(each, ',')
 end
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+    + NOW
+    + """
 redis.call('HSET', KEYS[1], 's', 'queued', 'l', ARGV[2], 'n', ARGV[3],
-           'e', table.concat(epochs, ','), 'm', ARGV[6], 't', now)
+           'e', epochs, 'm', ARGV[6], 't', now)
 redis.call('ZADD', KEYS[2], now, ARGV[1])
 redis.call('HINCRBY', KEYS[3], ARGV[2], ARGV[3])
 if ARGV[7] == '1' then redis.call('LPUSH', KEYS[4], ARGV[6]) end
 return {1, outstanding}
 """
+)
 
-# KEYS: batch. ARGV: the job's index.
+# KEYS: batch, outstanding. ARGV: the job's index.
+# A cancelled job gives back its place below the high-water mark at once.
 _CANCEL = """
-local state, jobs = unpack(redis.call('HMGET', KEYS[1], 's', 'n'))
+local state, jobs, lane = unpack(redis.call('HMGET', KEYS[1], 's', 'n', 'l'))
 if not jobs or tonumber(ARGV[1]) >= tonumber(jobs) then return false end
-if state == 'queued' then redis.call('HSET', KEYS[1], 'c' .. ARGV[1], 1) end
+local field = state == 'queued' and 'c' or 'p'
+local marks = redis.call('HGET', KEYS[1], field) or ''
+local mark = ARGV[1] .. ','
+if not string.find(',' .. marks, ',' .. mark, 1, true) then
+  redis.call('HSET', KEYS[1], field, marks .. mark)
+  if field == 'c' then
+    redis.call('HINCRBY', KEYS[1], 'x', 1)
+    redis.call('HINCRBY', KEYS[2], lane, -1)
+  end
+end
 return state
 """
 
@@ -79,14 +112,22 @@ class ProducerLedger:
         self._publish = redis.register_script(_PUBLISH)
         self._cancel = redis.register_script(_CANCEL)
 
-    async def enter(self, batch: Batch[AnyJob], message: bytes, *, enqueue: bool) -> None:
+    async def enter(
+        self,
+        batch: Batch[AnyJob],
+        message: bytes,
+        *,
+        enqueue: bool,
+        epochs: Sequence[int] | None = None,
+    ) -> None:
         """Enters `batch`, and with `enqueue` pushes `message` onto its queue in the same step.
 
+        `epochs` are given for jobs that were submitted before, and are as old as they were then.
         Raises `QueueFull`, in which case nothing was written.
         """
         users: dict[str, int] = {}
         user_of_job: list[str] = []
-        if batch.operation in (Operation.ADD, Operation.DELETE):
+        if batch.operation is not Operation.HEALTH:
             for job in batch.jobs:
                 key = self._keys.epochs(job.scope.tenant, job.scope.user_id)
                 user_of_job.append(str(users.setdefault(key, len(users) + 1)))
@@ -94,7 +135,7 @@ class ProducerLedger:
         accepted, outstanding = await self._publish(
             keys=[
                 self._keys.batch(batch.id),
-                self._keys.ledger,
+                self._keys.queued(batch.lane.value),
                 self._keys.outstanding,
                 queue,
                 self._keys.result(batch.id),
@@ -109,6 +150,7 @@ class ProducerLedger:
                 message,
                 "1" if enqueue else "0",
                 ",".join(user_of_job),
+                ",".join(map(str, epochs or ())),
             ],
         )
         if not accepted:
@@ -121,20 +163,40 @@ class ProducerLedger:
 
     async def look_up(self, batch_id: str, index: int) -> LedgerEntry | None:
         """The state of job `index`; None if the batch is not outstanding."""
-        found = await self._redis.hmget(self._keys.batch(batch_id), ["s", "n", f"c{index}"])
+        found = await self._redis.hmget(self._keys.batch(batch_id), ["s", "n", "c"])
         state, jobs, cancelled = cast("list[bytes | None]", found)
         if state is None or jobs is None:
             return None
-        if cancelled is not None:
+        if index in indexes(cancelled):
             return LedgerEntry(JobState.CANCELLED, int(jobs))
         return LedgerEntry(JobState(state.decode()), int(jobs))
 
-    async def cancel(self, batch_id: str, index: int) -> bool:
-        """Marks a queued job as cancelled; False if a worker has begun or settled its batch."""
-        state = await self._cancel(keys=[self._keys.batch(batch_id)], args=[index])
-        return bool(state == b"queued")
+    async def deadline(self, batch_id: str, index: int) -> float | None:
+        """The deadline of a job that is in the ledger, if it has one. Reads the whole batch."""
+        message = await self._redis.hget(self._keys.batch(batch_id), "m")
+        try:
+            (payload,), _, _ = orjson.loads(orjson.loads(message or b"")["body"])
+            deadline = orjson.loads(payload)["jobs"][index]["deadline"]
+        except (ValueError, TypeError, LookupError):
+            return None  # settled in the meantime, or not written by us
+        return None if deadline is None else float(deadline)
+
+    async def cancel(self, batch_id: str, index: int) -> JobState | None:
+        """Marks a job as cancelled, or as asked to stop if a worker has begun its batch.
+
+        Returns the batch's state, None if the ledger does not know the job.
+        """
+        state = await self._cancel(
+            keys=[self._keys.batch(batch_id), self._keys.outstanding], args=[index]
+        )
+        return None if state is None else JobState(cast("bytes", state).decode())
 
     async def outstanding(self) -> dict[Lane, int]:
         """Accepted and unsettled jobs of each lane."""
         counts = await self._redis.hgetall(self._keys.outstanding)
         return {lane: int(counts.get(lane.value.encode(), 0)) for lane in Lane}
+
+
+def indexes(marks: bytes | None) -> frozenset[int]:
+    """The job indexes in ``3,17,``."""
+    return frozenset(int(each) for each in (marks or b"").split(b",") if each)

@@ -1,9 +1,8 @@
 """The way to the workers and back: Celery messages out, Celery results in.
 
-The only module of the client that touches Celery and kombu. They are used for what they define -
-the task message, whose headers Celery itself builds - and not for I/O, which is blocking in both:
-messages are pushed by asyncio redis, in the same script that enters the batch in the ledger where
-both live on one Redis.
+Celery defines the message (`recallq.envelope`) and is not used for I/O, which is blocking in it and
+in kombu: messages are pushed by asyncio redis, in the same script that enters the batch in the
+ledger where both live on one Redis.
 
 Results come on one pub/sub channel per client, from the worker's result backend, and always lie in
 the result backend as well. Pub/sub forgets what it could not deliver, so batches that stay
@@ -17,12 +16,12 @@ import contextlib
 import logging
 import secrets
 import time
-import uuid
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import orjson
-from celery import Celery
 from redis import exceptions as redis_exceptions
 
 from recallq.clock import FleetClock, keep_time
@@ -33,10 +32,18 @@ from recallq.contract import (
     JobRef,
     JobState,
     Lane,
-    Operation,
     Outcome,
+    failed,
 )
-from recallq.errors import ClientClosed, InternalError, to_wire
+from recallq.dead_letters import DeadLetterOffice
+from recallq.envelope import CeleryEnvelope
+from recallq.errors import (
+    ClientClosed,
+    InternalError,
+    ResultWithdrawn,
+    UndecodableJob,
+    to_wire,
+)
 from recallq.keys import Keys
 from recallq.ledger import LedgerEntry, ProducerLedger
 from recallq.redis_client import COMMAND_TIMEOUT, RedisClient, asking, connect
@@ -48,47 +55,6 @@ log = logging.getLogger(__name__)
 _FIRST_LOOK_UP = 0.5
 """Seconds after which a result is first looked up rather than waited for."""
 _LOOK_UP_CHUNK = 200
-
-
-class CeleryEnvelope:
-    """Writes the JSON that kombu's Redis transport expects on a queue.
-
-    Celery builds the headers and embedded options once per task; only ids differ between messages.
-    Arguments are hidden from the headers: their repr would put the users' text there.
-    """
-
-    def __init__(self, client_id: str) -> None:
-        app = Celery(set_as_current=False)
-        self._templates: dict[Operation, tuple[dict[str, Any], Any]] = {}
-        for operation in Operation:
-            message = app.amqp.as_task_v2(
-                "", operation.task_name, args=("",), argsrepr="-", kwargsrepr="-",
-                origin=f"recallq@{client_id}",
-            )  # fmt: skip
-            self._templates[operation] = (message.headers, message.body[2])
-        self._client_id = client_id
-
-    def wrap(self, task_id: str, operation: Operation, payload: str, queue: str) -> bytes:
-        """The queue entry of one task whose only argument is `payload`."""
-        headers, embedded = self._templates[operation]
-        return orjson.dumps(
-            {
-                "body": orjson.dumps([[payload], {}, embedded]).decode(),
-                "content-encoding": "utf-8",
-                "content-type": "application/json",
-                "headers": {**headers, "id": task_id, "root_id": task_id},
-                "properties": {
-                    "correlation_id": task_id,
-                    "reply_to": self._client_id,
-                    "delivery_mode": 2,
-                    "delivery_info": {"exchange": "", "routing_key": queue},
-                    "priority": 0,
-                    # kombu's default is base64, a third larger and unreadable in redis-cli.
-                    "body_encoding": "utf-8",
-                    "delivery_tag": str(uuid.uuid4()),
-                },
-            }
-        )
 
 
 @dataclass(slots=True)
@@ -125,6 +91,7 @@ class Transport:
         self._results = self._clients[settings.result_url]
         self._one_step = settings.broker_url == settings.coordination_url
         self.ledger = ProducerLedger(self._coordination, self.keys, settings.high_water_mark)
+        self.dead_letters = DeadLetterOffice(self._coordination, self.keys)
         try:
             for url, client in self._clients.items():
                 async with asking(url, "cannot start"):
@@ -168,16 +135,19 @@ class Transport:
         self._sequence += 1
         return f"{self.client_id}-{self._sequence:x}"
 
-    async def publish(self, batch: Batch[AnyJob], payload: str) -> None:
+    async def publish(
+        self, batch: Batch[AnyJob], payload: str, epochs: Sequence[int] | None = None
+    ) -> None:
         """Accepts `batch`: afterwards it is in the ledger and on its queue.
 
-        Raises `QueueFull` and `ServiceUnavailable`. After the latter it is unknown whether the
-        batch was accepted, as always when a connection breaks at the wrong moment.
+        `epochs` are given for jobs that were submitted before. Raises `QueueFull` and
+        `ServiceUnavailable`. After the latter it is unknown whether the batch was accepted, as
+        always when a connection breaks at the wrong moment.
         """
         queue = batch.lane.queue(self.keys.namespace)
         message = self._envelope.wrap(batch.id, batch.operation, payload, queue)
         async with asking(self._settings.coordination_url, "cannot enqueue"):
-            await self.ledger.enter(batch, message, enqueue=self._one_step)
+            await self.ledger.enter(batch, message, enqueue=self._one_step, epochs=epochs)
         if not self._one_step:
             async with asking(self._settings.broker_url, "cannot enqueue"):
                 await self._broker.lpush(queue, message)
@@ -216,10 +186,15 @@ class Transport:
         self.expect(ref.batch_id, ref.index, outcome)
         return outcome
 
-    async def cancel(self, ref: JobRef) -> bool:
-        """Cancels a job whose batch no worker has begun; says whether it did."""
+    async def cancel(self, ref: JobRef) -> JobState | None:
+        """Cancels a job that is queued, asks one that runs to stop; the state it found, if any."""
         async with asking(self._settings.coordination_url, "cannot cancel the job"):
             return await self.ledger.cancel(ref.batch_id, ref.index)
+
+    async def deadline(self, ref: JobRef) -> float | None:
+        """When a job that has not settled expires, if it does."""
+        async with asking(self._settings.coordination_url, "cannot look up the job"):
+            return await self.ledger.deadline(ref.batch_id, ref.index)
 
     async def workers(self) -> list[WorkerInfo]:
         """The workers that have given a sign of life of late."""
@@ -231,10 +206,11 @@ class Transport:
         async with asking(self._settings.coordination_url, "cannot count the jobs"):
             return await self.ledger.outstanding()
 
-    async def dead_letters(self) -> int:
-        """How many dead letters are kept."""
-        async with asking(self._settings.coordination_url, "cannot count the dead letters"):
-            return int(await self._coordination.zcard(self.keys.dead))
+    def asking(
+        self, doing: str, timeout: float = COMMAND_TIMEOUT
+    ) -> AbstractAsyncContextManager[None]:
+        """Commands to the coordination Redis; see `recallq.redis_client.asking`."""
+        return asking(self._settings.coordination_url, doing, timeout)
 
     async def fetch(self, ref: JobRef) -> Outcome | LedgerEntry | None:
         """What is known of a job: its outcome, its place in the ledger, or nothing."""
@@ -253,7 +229,19 @@ class Transport:
             stored = await self._results.get(self.keys.result(ref.batch_id))
         if stored is None:
             return None
-        return _outcome_of(_read_result(cast("bytes", stored)), ref.index)
+        result = _read_result(cast("bytes", stored))
+        outcome = _outcome_of(result, ref.index)
+        if outcome is None or not outcome.result or ref.index >= len(result.users):
+            return outcome
+        # A read, whose answer tells what memories there were: not any more if some were deleted.
+        async with asking(self._settings.coordination_url, "cannot look up the job"):
+            key = self.keys.epochs_of(result.users[ref.index])
+            deletions = int(await self._coordination.hget(key, "n") or 0)
+        if deletions == result.epochs[ref.index]:
+            return outcome
+        return failed(
+            ResultWithdrawn("memories of the user were deleted after this was asked; ask again")
+        )
 
     async def _receive(self, subscribed: asyncio.Event) -> None:
         """Listens on this client's channel, for ever; a lost connection is made anew."""
@@ -349,7 +337,8 @@ def _read_result(stored: bytes) -> BatchResult:
 def _outcome_of(result: BatchResult, index: int) -> Outcome | None:
     """The outcome of job `index`; None while it is pending."""
     if result.error is not None:
-        return Outcome(state=JobState.FAILED, error=result.error)
+        dead = result.error.get("code") == UndecodableJob.code  # workers keep what they cannot read
+        return Outcome(state=JobState.DEAD if dead else JobState.FAILED, error=result.error)
     outcome = result.outcomes[index] if index < len(result.outcomes) else None
     if outcome is not None:
         outcome.operation = result.operation

@@ -15,7 +15,7 @@ from kombu.connection import Connection
 from redis import Redis
 
 from recallq.contract import Operation
-from recallq.transport import CeleryEnvelope
+from recallq.envelope import CeleryEnvelope
 from tests.strategies import text
 
 CLIENT = "0123456789abcdef"

@@ -95,7 +95,9 @@ def names(namespace: str, name: str) -> dict[str, str]:
     """A key of every kind, all for something called `name`."""
     keys = Keys(namespace)
     return {
-        "ledger": keys.ledger,
+        "held": keys.held,
+        "delayed": keys.delayed,
+        "queued": keys.queued(name),
         "outstanding": keys.outstanding,
         "workers": keys.workers,
         "dead": keys.dead,
@@ -106,6 +108,7 @@ def names(namespace: str, name: str) -> dict[str, str]:
         "worker": keys.worker(name),
         "owner": keys.backend_owner(name),
         "letter": keys.dead_letter(name),
+        "letters of a user": keys.dead_letters_of(name, name),
     }
 
 

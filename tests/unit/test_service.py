@@ -35,11 +35,12 @@ from recallq.contract import (
     StoredMessage,
     fields_of,
 )
-from recallq.errors import BackendError, BackendUnavailable
+from recallq.errors import BackendError, BackendUnavailable, JobError
 from recallq_worker.backends import base
 from recallq_worker.backends.base import Record
 from recallq_worker.backends.in_memory import InMemoryStore
 from recallq_worker.ledger import Claim
+from recallq_worker.retries import RetryPolicy
 from recallq_worker.service import MemoryService
 from tests.support import eventually
 from tests.virtual_time import now, run_virtually
@@ -154,22 +155,52 @@ def store() -> Counting:
     return Counting()
 
 
+class Nobody:
+    """Takes note of dead jobs, and keeps no letters."""
+
+    def __init__(self) -> None:
+        self.buried: list[int] = []
+        self.forgot: list[tuple[Scope, int]] = []
+        self.ran_alone: list[int | None] = []
+
+    async def dead(self, index: int, error: JobError) -> bool:
+        self.buried.append(index)
+        return False
+
+    async def forget(self, scope: Scope, before_epoch: int) -> None:
+        self.forgot.append((scope, before_epoch))
+
+    async def alone(self, index: int | None) -> None:
+        self.ran_alone.append(index)
+
+
+ONCE = RetryPolicy(attempts=1, base=1.0, cap=1.0)
+
+
 class Time:
     now = NOW
 
 
 def serve(
-    store: base.MemoryStore, *, job_timeout: float = 5.0, parallel_jobs: int = 100
+    store: base.MemoryStore,
+    *,
+    job_timeout: float = 5.0,
+    parallel_jobs: int = 100,
+    retries: RetryPolicy = ONCE,
 ) -> MemoryService:
     return MemoryService(
-        store, now=lambda: Time.now, job_timeout=job_timeout, parallel_jobs=parallel_jobs
+        store,
+        now=lambda: Time.now,
+        job_timeout=job_timeout,
+        parallel_jobs=parallel_jobs,
+        retries=retries,
     )
 
 
 async def run(service: MemoryService, batch: AnyBatch, claim: Claim | None = None) -> list[Outcome]:
     """All outcomes of a batch, after checking that there is one for each job."""
     result = BatchResult()
-    await service.run(batch, claim or Claim([]), result)
+    await service.run(batch, claim or Claim([]), result, Nobody())
     assert result.operation is batch.operation
     assert len(result.outcomes) == len(batch.jobs)
     outcomes = [outcome for outcome in result.outcomes if outcome is not None]
@@ -251,7 +282,7 @@ async def test_lists_and_searches_return_what_clients_read(store: Counting) -> N
     job = add("green tea")
     await run(service, adds(job, add("coffee", session="t")))
     result = BatchResult()
-    await service.run(lists(listing(), listing("nobody")), Claim([]), result)
+    await service.run(lists(listing(), listing("nobody")), Claim([]), result, Nobody())
     read = BatchResult.model_validate_json(orjson.dumps(result, default=fields_of))
     pages = [(outcome.result or {})["records"] for outcome in read.outcomes if outcome]
     assert [len(page) for page in pages] == [2, 0]
@@ -527,7 +558,7 @@ async def test_cancelling_the_run_stops_it(store: Counting) -> None:
     store.trouble["eve"] = hang
     result = BatchResult()
     batch = lists(listing("eve"), listing())
-    running = asyncio.create_task(serve(store).run(batch, Claim([]), result))
+    running = asyncio.create_task(serve(store).run(batch, Claim([]), result, Nobody()))
     await eventually(lambda: _is(len(result.outcomes) == 2 and result.outcomes[1] is not None))
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -581,7 +612,7 @@ async def test_a_slow_job_does_not_hold_back_its_mates(store: Counting, batch: A
 
     store.trouble["eve"] = wait
     result = BatchResult()
-    running = asyncio.create_task(serve(store).run(batch, Claim([]), result))
+    running = asyncio.create_task(serve(store).run(batch, Claim([]), result, Nobody()))
     await eventually(lambda: _is(None not in result.outcomes[1:] and len(result.outcomes) == 3))
     assert result.outcomes[0] is None
     assert not running.done()
@@ -596,7 +627,7 @@ async def test_outcomes_of_refused_jobs_are_there_first(store: Counting) -> None
     result = BatchResult()
     batch = adds(add("a", user="eve"), add("b"), add("c", deadline=NOW - 1))
     claim = Claim([], cancelled=frozenset({1}))
-    running = asyncio.create_task(serve(store).run(batch, claim, result))
+    running = asyncio.create_task(serve(store).run(batch, claim, result, Nobody()))
     await eventually(lambda: _is(bool(store.calls)))
     assert result.outcomes[0] is None
     assert states([outcome for outcome in result.outcomes if outcome]) == ["cancelled", "expired"]

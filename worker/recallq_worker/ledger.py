@@ -1,4 +1,9 @@
-"""The worker's side of the ledger: claiming a batch, and what a claim tells.
+"""The worker's side of the ledger: which batches are whose, and what becomes of lost ones.
+
+A worker claims a batch under a lease that it renews while it runs it. A second delivery of a batch
+that a live worker holds, or that has been answered, finds nothing to do, so Celery may deliver as
+often as it likes. A batch whose lease has run out, or whose message vanished on its way, is pushed
+again from the copy in the ledger. The batch's hash and sets are described in `recallq.ledger`.
 
 A batch is settled - its result stored, its entry removed - by the result backend in one step
 (`recallq_worker.results`). So a message whose batch is not in the ledger is a leftover: its work
@@ -7,26 +12,183 @@ was done and answered, and only the acknowledgement was lost.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
 
 import orjson
 from celery.states import READY_STATES
 
-from recallq.contract import AnyBatch, Operation
+from recallq.contract import AnyBatch, Batch, BatchResult, Lane, encode_batch
+from recallq.envelope import CeleryEnvelope
 from recallq.keys import Keys
+from recallq.ledger import NOW, ProducerLedger, indexes
 from recallq.redis_client import RedisClient
 
-# KEYS: batch. ARGV: worker id.
-_CLAIM = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return false end
-redis.call('HSET', KEYS[1], 's', 'running', 'w', ARGV[1])
-local cancelled = {}
-for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
-  cancelled[#cancelled + 1] = string.match(field, '^c(%d+)$')
+LEASE = 6.0
+"""Seconds for which a worker that is silent keeps the batches it runs."""
+RENEW_EVERY = 2.0
+LOST_AFTER = 5.0
+"""Seconds after which a message that left its queue, and that nobody has begun, counts as lost."""
+
+_UNLIMITED = 2**53
+_AT_ONCE = 100
+"""Batches that one step of a sweep pushes again."""
+
+# Lua: pushes a batch's message again, to where it is taken next, with a delivery tag of its own:
+# kombu tells the messages that it has not acknowledged apart by their tags. What users said cannot
+# be taken for the tag, for its quotes are escaped.
+_REQUEUE = (
+    NOW
+    + """
+local function requeue(batch, id, here, queued, queues)
+  local message, lane, at, times = unpack(redis.call('HMGET', batch, 'm', 'l', 't', 'z'))
+  local tag = '"delivery_tag":"' .. redis.sha1hex(id .. now .. (times or '')) .. '"'
+  message = string.gsub(message, '"delivery_tag":"[^"]*"', tag, 1)
+  redis.call('HSET', batch, 's', 'queued', 'q', now)
+  redis.call('ZADD', queued .. lane, at, id)
+  if here == '1' then redis.call('RPUSH', queues .. lane, message) message = '' end
+  return {lane, message}
 end
-return {redis.call('HINCRBY', KEYS[1], 'd', 1), redis.call('HGET', KEYS[1], 'e') or '',
-        table.concat(cancelled, ',')}
 """
+)
+
+# KEYS: batch, held, delayed. ARGV: batch id, worker id, lease (ms), prefix of the queued sets.
+_CLAIM = (
+    NOW
+    + """
+local state, lane, jobs = unpack(redis.call('HMGET', KEYS[1], 's', 'l', 'n'))
+if not jobs then return {'unknown'} end
+local lease = redis.call('ZSCORE', KEYS[2], ARGV[1])
+if state == 'running' and lease and tonumber(lease) > now then return {'busy'} end
+local due = redis.call('ZSCORE', KEYS[3], ARGV[1])
+if due and tonumber(due) > now then return {'busy'} end
+redis.call('ZREM', KEYS[3], ARGV[1])
+redis.call('ZREM', ARGV[4] .. lane, ARGV[1])
+redis.call('ZADD', KEYS[2], now + tonumber(ARGV[3]), ARGV[1])
+redis.call('HSET', KEYS[1], 's', 'running', 'w', ARGV[2])
+redis.call('HDEL', KEYS[1], 'z')
+local deliveries = redis.call('HINCRBY', KEYS[1], 'd', 1)
+local e, c, p, a = unpack(redis.call('HMGET', KEYS[1], 'e', 'c', 'p', 'a'))
+local suspects = {}
+if deliveries > 1 then
+  for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
+    local index = string.match(field, '^k(%d+)$')
+    if index then suspects[#suspects + 1] = index .. ':' .. redis.call('HGET', KEYS[1], field) end
+  end
+end
+return {'claimed', deliveries, e or '', (c or '') .. (p or ''), a or '0',
+        table.concat(suspects, ',')}
+"""
+)
+
+# KEYS: held, delayed. ARGV: worker id, lease (ms), prefixes of batches and queued sets, batch ids.
+# Returns of each batch the indexes of the jobs that are asked to stop; "-" if it is not ours.
+# One that was taken for lost, and that nobody has begun since, is ours again.
+_RENEW = (
+    NOW
+    + """
+local told = {}
+for i = 5, #ARGV do
+  local id, batch = ARGV[i], ARGV[3] .. ARGV[i]
+  local worker, state, lane, stop = unpack(redis.call('HMGET', batch, 'w', 's', 'l', 'p'))
+  if worker ~= ARGV[1] then
+    told[#told + 1] = '-'
+  else
+    told[#told + 1] = stop or ''
+    if state == 'running' or not redis.call('ZSCORE', KEYS[2], id) then
+      redis.call('HSET', batch, 's', 'running')
+      redis.call('ZREM', ARGV[4] .. lane, id)
+      redis.call('ZADD', KEYS[1], now + tonumber(ARGV[2]), id)
+    end
+  end
+end
+return told
+"""
+)
+
+# KEYS: batch. ARGV: the index of the job that is run alone from now on, "" for none.
+# The job that was, has survived it.
+_ALONE = """
+local survivor = redis.call('HGET', KEYS[1], 'r')
+if survivor then redis.call('HDEL', KEYS[1], 'r', 'k' .. survivor) end
+if ARGV[1] ~= '' and redis.call('EXISTS', KEYS[1]) == 1 then
+  redis.call('HSET', KEYS[1], 'r', ARGV[1])
+  redis.call('HINCRBY', KEYS[1], 'k' .. ARGV[1], 1)
+end
+"""
+
+# KEYS: batch, held, delayed. ARGV: batch id, worker id, delay (ms), line of history.
+_POSTPONE = (
+    NOW
+    + """
+if redis.call('HGET', KEYS[1], 'w') ~= ARGV[2] then return 0 end
+local history = redis.call('HGET', KEYS[1], 'h') or ''
+redis.call('HSET', KEYS[1], 's', 'queued', 'd', 0, 'h', history .. ARGV[4])
+redis.call('HINCRBY', KEYS[1], 'a', 1)
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('ZADD', KEYS[3], now + tonumber(ARGV[3]), ARGV[1])
+return 1
+"""
+)
+
+# KEYS: batch, held. ARGV: batch id, worker id, push here (1/0), prefixes of queued sets and queues.
+_RELEASE = (
+    _REQUEUE
+    + """
+if redis.call('HGET', KEYS[1], 'w') ~= ARGV[2] then return false end
+redis.call('HINCRBY', KEYS[1], 'd', -1)
+local alone = redis.call('HGET', KEYS[1], 'r')
+if alone then
+  redis.call('HDEL', KEYS[1], 'r')
+  redis.call('HINCRBY', KEYS[1], 'k' .. alone, -1)
+end
+redis.call('ZREM', KEYS[2], ARGV[1])
+return requeue(KEYS[1], ARGV[1], ARGV[3], ARGV[4], ARGV[5])
+"""
+)
+
+# KEYS: held, or delayed. ARGV: push here (1/0), prefixes of queued sets, queues and batches, limit.
+# Batches whose lease has run out, or whose next attempt is due. Returns the time (ms) of the next
+# one, and what was pushed.
+_DUE = (
+    _REQUEUE
+    + """
+local pushed = {}
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[5])
+for _, id in ipairs(due) do
+  redis.call('ZREM', KEYS[1], id)
+  if redis.call('EXISTS', ARGV[4] .. id) == 1 then
+    pushed[#pushed + 1] = requeue(ARGV[4] .. id, id, ARGV[1], ARGV[2], ARGV[3])
+  end
+end
+local next = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+return {next[2] and next[2] - now or -1, pushed}
+"""
+)
+
+# KEYS: queued. ARGV: push here (1/0), prefixes of queued sets, queues and batches, limit,
+#       time (ms) before which what is queued has left its queue, patience (ms).
+# The patience doubles with each push, so that a mistake about what left its queue stays cheap.
+_LOST = (
+    _REQUEUE
+    + """
+local pushed = {}
+local ids = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. ARGV[6], 'LIMIT', 0, ARGV[5])
+for _, id in ipairs(ids) do
+  local batch = ARGV[4] .. id
+  local state, at, again, times = unpack(redis.call('HMGET', batch, 's', 't', 'q', 'z'))
+  if state ~= 'queued' then
+    redis.call('ZREM', KEYS[1], id)
+  elseif now - tonumber(again or at) >= tonumber(ARGV[7]) * 2 ^ math.min(times or 0, 10) then
+    redis.call('HINCRBY', batch, 'z', 1)
+    pushed[#pushed + 1] = requeue(batch, id, ARGV[1], ARGV[2], ARGV[3])
+  end
+end
+return pushed
+"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +196,236 @@ class Claim:
     """What a worker learns as it begins a batch."""
 
     epochs: list[int]
-    """Deletion epoch of each job; empty for reads."""
+    """Deletion epoch of each job."""
     deliveries: int = 1
-    """How often the batch has been begun, this time included."""
+    """How often the batch was begun since a run of it last came to an end, this time included: more
+    than once means that a worker died, or was taken for dead, while it ran the batch."""
+    attempts: int = 0
+    """How many runs ended with jobs that were to be tried again."""
     cancelled: frozenset[int] = field(default_factory=frozenset)
-    """Indexes of the jobs that were cancelled while they were queued."""
+    """Indexes of the jobs that were cancelled."""
+    deaths: dict[int, int] = field(default_factory=dict)
+    """How often a worker died while it ran nothing of the batch but the job of this index."""
+
+    @property
+    def first(self) -> bool:
+        """Whether nobody has begun the batch before."""
+        return self.deliveries == 1 and self.attempts == 0
 
 
 class WorkerLedger:
-    """Claims batches for one worker process."""
+    """The ledger as one worker process uses it."""
 
-    def __init__(self, redis: RedisClient, results: RedisClient, keys: Keys) -> None:
+    def __init__(
+        self,
+        redis: RedisClient,
+        broker: RedisClient,
+        results: RedisClient,
+        keys: Keys,
+        worker_id: str,
+        *,
+        one_step: bool,
+    ) -> None:
+        """`one_step`: whether `redis` is the broker's too, so that a script can push messages."""
         self._redis = redis
+        self._broker = broker
         self._results = results
         self._keys = keys
+        self._worker_id = worker_id
+        self._here = "1" if one_step else "0"
+        self._queue_prefix = f"{keys.namespace}."
+        self._unlisted = ProducerLedger(redis, keys, _UNLIMITED)
         self._claim = redis.register_script(_CLAIM)
+        self._renew = redis.register_script(_RENEW)
+        self._alone = redis.register_script(_ALONE)
+        self._postpone = redis.register_script(_POSTPONE)
+        self._release = redis.register_script(_RELEASE)
+        self._due = redis.register_script(_DUE)
+        self._lost = redis.register_script(_LOST)
 
-    async def claim(self, batch: AnyBatch, worker_id: str) -> Claim | None:
-        """Begins `batch`; None if the ledger does not know it."""
-        found = await self._claim(keys=[self._keys.batch(batch.id)], args=[worker_id])
-        if found is None:
+    # --- one batch ------------------------------------------------------------------------------
+
+    async def claim(self, batch: AnyBatch) -> Claim | None:
+        """Begins `batch`; None if it was answered, or if a live worker runs it, or if its next
+        attempt is not due.
+
+        A batch that a client entered in the ledger and that is there no more was settled, however
+        long ago. Only one that plain Celery published was never there; it is entered now.
+        """
+        verdict, *found = await self._try_to_claim(batch.id)
+        if verdict == b"unknown" and not batch.listed and await self.answer(batch.id) is None:
+            listed = batch.model_copy(update={"listed": True})
+            message = self._envelope.wrap(
+                batch.id,
+                batch.operation,
+                encode_batch(listed),
+                batch.lane.queue(self._keys.namespace),
+            )
+            await self._unlisted.enter(cast("Batch[Any]", batch), message, enqueue=False)
+            verdict, *found = await self._try_to_claim(batch.id)
+        if verdict != b"claimed":
             return None
-        deliveries, epochs, cancelled = found
+        deliveries, epochs, cancelled, attempts, suspects = found
         return Claim(
-            epochs=[int(each) for each in epochs.split(b",") if each],
+            epochs=_epochs(epochs),
             deliveries=int(deliveries),
-            cancelled=frozenset(int(each) for each in cancelled.split(b",") if each),
+            attempts=int(attempts),
+            cancelled=indexes(cancelled),
+            deaths={
+                int(index): int(times)
+                for index, _, times in (each.partition(b":") for each in suspects.split(b","))
+                if index
+            },
         )
 
-    async def claim_unlisted(self, batch: AnyBatch) -> Claim:
-        """Begins a batch that was published without a ledger, as submitted at this moment."""
-        epochs: list[int] = []
-        for job in batch.jobs:
-            key = self._keys.epochs(job.scope.tenant, job.scope.user_id)
-            if batch.operation is Operation.DELETE:
-                epochs.append(int(await self._redis.hincrby(key, "n", 1)))
-            elif batch.operation is Operation.ADD:
-                epochs.append(int(await self._redis.hget(key, "n") or 0))
-        return Claim(epochs)
+    @cached_property
+    def _envelope(self) -> CeleryEnvelope:
+        return CeleryEnvelope(self._worker_id)
 
-    async def has_result(self, batch_id: str) -> bool:
-        """Whether the batch was answered, and not only in part."""
+    async def _try_to_claim(self, batch_id: str) -> list[Any]:
+        keys = [self._keys.batch(batch_id), self._keys.held, self._keys.delayed]
+        args: list[str | int] = [
+            batch_id,
+            self._worker_id,
+            int(LEASE * 1000),
+            self._keys.queued_prefix,
+        ]
+        return cast("list[Any]", await self._claim(keys=keys, args=args))
+
+    async def answer(self, batch_id: str) -> tuple[BatchResult, bool] | None:
+        """What has been stored of a batch's result, and whether that is all of it."""
         stored = await self._results.get(self._keys.result(batch_id))
-        return stored is not None and orjson.loads(stored).get("status") in READY_STATES
+        if stored is None:
+            return None
+        meta = orjson.loads(stored)
+        final = meta.get("status") in READY_STATES
+        result = meta.get("result")
+        if final and not (isinstance(result, dict) and "outcomes" in result):
+            return BatchResult(), True  # what Celery says of a task that failed
+        return BatchResult.model_validate(result), final
+
+    async def entry(self, batch_id: str) -> tuple[Lane, list[int]] | None:
+        """Lane and epochs of an outstanding batch."""
+        found = await self._redis.hmget(self._keys.batch(batch_id), ["l", "e"])
+        lane, epochs = cast("list[bytes | None]", found)
+        if lane is None:
+            return None
+        return Lane(lane.decode()), _epochs(epochs)
+
+    async def alone(self, batch_id: str, index: int | None) -> None:
+        """Says that of the batch only job `index` runs from now on; None ends it."""
+        await self._alone(keys=[self._keys.batch(batch_id)], args=["" if index is None else index])
+
+    async def history(self, batch_id: str) -> list[dict[str, Any]]:
+        """What `postpone` was told, oldest first."""
+        lines = await self._redis.hget(self._keys.batch(batch_id), "h")
+        return [orjson.loads(line) for line in (lines or b"").splitlines()]
+
+    async def postpone(self, batch_id: str, delay: float, history: dict[str, Any]) -> bool:
+        """Ends a run of which some jobs are to be tried again `delay` seconds from now.
+
+        False if the batch is not ours any more.
+        """
+        keys = [self._keys.batch(batch_id), self._keys.held, self._keys.delayed]
+        line = orjson.dumps(history) + b"\n"
+        args: list[str | int | bytes] = [batch_id, self._worker_id, int(delay * 1000), line]
+        return bool(await self._postpone(keys=keys, args=args))
+
+    async def release(self, batch_id: str) -> None:
+        """Hands a batch back that was begun and shall be run by another."""
+        pushed = await self._release(
+            keys=[self._keys.batch(batch_id), self._keys.held],
+            args=[
+                batch_id,
+                self._worker_id,
+                self._here,
+                self._keys.queued_prefix,
+                self._queue_prefix,
+            ],
+        )
+        await self._push([pushed] if pushed else [])
+
+    async def ping(self) -> None:
+        """Whether Redis answers."""
+        await self._redis.ping()
+
+    # --- all batches ----------------------------------------------------------------------------
+
+    async def renew(self, batch_ids: Sequence[str]) -> dict[str, frozenset[int] | None]:
+        """Keeps the leases of batches that run here.
+
+        Returns the indexes of the jobs that are asked to stop, None for a batch that another worker
+        has taken over.
+        """
+        keys = self._keys
+        told = await self._renew(
+            keys=[keys.held, keys.delayed],
+            args=[
+                self._worker_id,
+                int(LEASE * 1000),
+                keys.batch_prefix,
+                keys.queued_prefix,
+                *batch_ids,
+            ],
+        )
+        return {
+            batch_id: None if stop == b"-" else indexes(stop)
+            for batch_id, stop in zip(batch_ids, told, strict=True)
+        }
+
+    async def take_over(self) -> int:
+        """Pushes the batches again whose worker has let its lease run out; says how many."""
+        _, pushed = await self._due(keys=[self._keys.held], args=self._sweeping())
+        await self._push(pushed)
+        return len(pushed)
+
+    async def try_again(self) -> float | None:
+        """Pushes the batches whose next attempt is due; returns the seconds until one will be."""
+        wait, pushed = await self._due(keys=[self._keys.delayed], args=self._sweeping())
+        await self._push(pushed)
+        return None if wait < 0 else float(wait) / 1000
+
+    async def send_again(self, lane: Lane) -> int:
+        """Pushes the batches again whose message left its queue and never came to be begun.
+
+        A queue is first in, first out: what was published before the message that is next in it has
+        left it.
+        """
+        seconds, micros = await self._redis.time()
+        before = seconds * 1000 + micros // 1000 - int(LOST_AFTER * 1000)
+        queued = self._keys.queued(lane.value)
+        if not await self._redis.zcount(queued, "-inf", f"({before}"):
+            return 0
+        next_message = await self._broker.lindex(lane.queue(self._keys.namespace), -1)
+        if next_message is not None:
+            at = await self._redis.hget(self._keys.batch(_task_id(next_message)), "t")
+            if at is None:
+                return 0  # a leftover, or not ours: somebody will take it, and then we see
+            before = min(before, int(at))
+        args = [*self._sweeping(), before, int(LOST_AFTER * 1000)]
+        pushed = await self._lost(keys=[queued], args=args)
+        await self._push(pushed)
+        return len(pushed)
+
+    def _sweeping(self) -> list[str | int]:
+        keys = self._keys
+        return [self._here, keys.queued_prefix, self._queue_prefix, keys.batch_prefix, _AT_ONCE]
+
+    async def _push(self, messages: Iterable[Sequence[bytes]]) -> None:
+        """Pushes what a script could not, because the broker is another Redis. What is lost by a
+        crash before this counts as lost like any other message, and is sent again."""
+        for lane, message in messages:
+            if message:
+                await self._broker.rpush(self._queue_prefix + lane.decode(), message)
+
+
+def _epochs(joined: bytes | None) -> list[int]:
+    return [int(each) for each in (joined or b"").split(b",") if each]
+
+
+def _task_id(message: bytes | str) -> str:
+    """The id of the task in a queue's message; empty if there is none to be read."""
+    try:
+        return str(orjson.loads(message)["headers"]["id"])
+    except (ValueError, TypeError, LookupError):
+        return ""

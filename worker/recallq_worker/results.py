@@ -18,39 +18,45 @@ from recallq.contract import client_of, fields_of
 from recallq.keys import Keys
 from recallq_worker import settings as worker_settings
 
-# KEYS: batch, ledger, outstanding. ARGV: batch id.
+# KEYS: batch, held, delayed, outstanding. ARGV: batch id, prefix of the queued sets.
 _SETTLE = """
-local function settle(batch, ledger, outstanding, id)
-  local entry = redis.call('HMGET', batch, 'l', 'n')
-  if entry[1] then
+local function settle(batch, held, delayed, outstanding, id, queued)
+  local lane, jobs, gone = unpack(redis.call('HMGET', batch, 'l', 'n', 'x'))
+  if lane then
     redis.call('DEL', batch)
-    redis.call('ZREM', ledger, id)
-    if redis.call('HINCRBY', outstanding, entry[1], -entry[2]) <= 0 then
-      redis.call('HDEL', outstanding, entry[1])
+    redis.call('ZREM', held, id)
+    redis.call('ZREM', delayed, id)
+    redis.call('ZREM', queued .. lane, id)
+    local left = jobs - (gone or 0)
+    if redis.call('HINCRBY', outstanding, lane, -left) <= 0 then
+      redis.call('HDEL', outstanding, lane)
     end
   end
 end
 """
 
-# KEYS: result, batch, ledger, outstanding.
-# ARGV: batch id, result, seconds to keep it, channel, announcement, final (1/0), settle here (1/0).
+# KEYS: result, batch, held, delayed, outstanding.
+# ARGV: batch id, prefix of the queued sets, result, seconds to keep it, channel, announcement,
+#       final (1/0), settle here (1/0).
 # A final result stays as it is: a batch that two workers ran, because one was taken for dead, is
 # answered once, and no late part of an answer takes its place.
 _STORE = (
     _SETTLE
     + """
 local before = redis.call('GET', KEYS[1])
-if before and not string.find(string.sub(before, 1, 40), 'PARTIAL', 1, true) then
-  if ARGV[7] == '1' then settle(KEYS[2], KEYS[3], KEYS[4], ARGV[1]) end
+if not before or string.find(string.sub(before, 1, 40), 'PARTIAL', 1, true) then
+  redis.call('SET', KEYS[1], ARGV[3])
+  if ARGV[4] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[4]) end
+  redis.call('PUBLISH', ARGV[5], ARGV[6])
+elseif ARGV[7] == '0' then
   return
 end
-redis.call('SET', KEYS[1], ARGV[2])
-if ARGV[3] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[3]) end
-redis.call('PUBLISH', ARGV[4], ARGV[5])
-if ARGV[6] == '1' and ARGV[7] == '1' then settle(KEYS[2], KEYS[3], KEYS[4], ARGV[1]) end
+if ARGV[7] == '1' and ARGV[8] == '1' then
+  settle(KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[2])
+end
 """
 )
-_SETTLE += "settle(KEYS[1], KEYS[2], KEYS[3], ARGV[1])"
+_SETTLE += "settle(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])"
 
 
 class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annotations
@@ -87,18 +93,20 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
         return result
 
     def _store_and_settle(self, task_id: str, stored: bytes, final: bool) -> None:
-        ledger = [self._keys.batch(task_id), self._keys.ledger, self._keys.outstanding]
-        keep = self.get_key_for_task(task_id)
-        channel = self._keys.reply_channel(client_of(task_id))
+        keys = self._keys
+        ledger = [keys.batch(task_id), keys.held, keys.delayed, keys.outstanding]
+        whose = (task_id, keys.queued_prefix)
+        channel = keys.reply_channel(client_of(task_id))
         news = task_id.encode() + b"\n" + stored
         together = self._coordination is None
         self.client.eval(
             _STORE,
             1 + len(ledger),
-            keep,
+            self.get_key_for_task(task_id),
             *ledger,
-            *(task_id, stored, self.expires or 0, channel, news),
+            *whose,
+            *(stored, self.expires or 0, channel, news),
             *("1" if final else "0", "1" if together else "0"),
         )
         if final and self._coordination is not None:
-            self._coordination.eval(_SETTLE, len(ledger), *ledger, task_id)
+            self._coordination.eval(_SETTLE, len(ledger), *ledger, *whose)

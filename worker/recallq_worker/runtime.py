@@ -33,9 +33,12 @@ from recallq_worker.backends import registry
 from recallq_worker.backends.base import MemoryStore
 from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.ledger import WorkerLedger
+from recallq_worker.retries import RetryPolicy
+from recallq_worker.runner import BatchRunner, insistently
 from recallq_worker.service import MemoryService
 from recallq_worker.settings import WorkerSettings
 from recallq_worker.single_process import LEASE_SECONDS, RENEW_EVERY, OwnerLease
+from recallq_worker.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class Services:
     """What a running process works with; used on its loop only."""
 
     store: MemoryStore
-    memory: MemoryService
+    runner: BatchRunner
     ledger: WorkerLedger
     dead_letters: DeadLetters
     clock: FleetClock
@@ -102,6 +105,25 @@ class Runtime:
         """Runs a coroutine on the loop; to be called from other threads."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
+    def keep_undecodable(self, payload: str, error: str, batch_id: str | None) -> None:
+        """Keeps what nobody can read as a dead letter; returns once it is kept. For other threads.
+
+        If it is a batch that the ledger knows, the letter tells its lane and its jobs' epochs, so
+        that it can be replayed as what it was.
+        """
+        log.error("undecodable message: %s; kept as a dead letter", error)
+        self.submit(self._keep_undecodable(payload, error, batch_id or "")).result()
+
+    async def _keep_undecodable(self, payload: str, error: str, batch_id: str) -> None:
+        services = self.services
+        entry = await insistently(lambda: services.ledger.entry(batch_id))
+        lane, epochs = entry or (None, [])
+        await insistently(
+            lambda: services.dead_letters.keep_message(
+                payload, error, at=services.clock.now(), lane=lane, epochs=epochs
+            )
+        )
+
     def _serve(self) -> None:
         with asyncio.Runner(loop_factory=self._loop_factory) as runner:
             self._loop = runner.get_loop()
@@ -113,7 +135,7 @@ class Runtime:
     async def _open(self) -> None:
         settings = self.settings
         backend = registry.load(settings.backend)
-        for url in {settings.coordination_url, settings.result_url}:
+        for url in {settings.coordination_url, settings.broker_url, settings.result_url}:
             client = self._clients[url] = connect(
                 url, max_connections=64, connect_timeout=settings.connect_timeout
             )
@@ -138,18 +160,24 @@ class Runtime:
                 await lease.acquire()
             self._lease = lease
         store = backend.from_settings(settings)
-        self.services = Services(
-            store=store,
-            memory=MemoryService(
-                store,
-                now=clock.now,
-                job_timeout=settings.job_timeout,
-                parallel_jobs=settings.parallel_jobs,
-            ),
-            ledger=WorkerLedger(coordination, self._clients[settings.result_url], self._keys),
-            dead_letters=DeadLetters(coordination, self._keys),
-            clock=clock,
+        service = MemoryService(
+            store,
+            now=clock.now,
+            job_timeout=settings.job_timeout,
+            parallel_jobs=settings.parallel_jobs,
+            retries=RetryPolicy(settings.retry_attempts, settings.retry_base, settings.retry_cap),
         )
+        ledger = WorkerLedger(
+            coordination,
+            self._clients[settings.broker_url],
+            self._clients[settings.result_url],
+            self._keys,
+            self.worker_id,
+            one_step=settings.broker_url == settings.coordination_url,
+        )
+        dead_letters = DeadLetters(coordination, self._keys)
+        runner = BatchRunner(service, ledger, dead_letters, self._keys, clock)
+        self.services = Services(store, runner, ledger, dead_letters, clock)
         try:
             await store.start()
         except RecallQError as error:
@@ -157,11 +185,16 @@ class Runtime:
         self._background += [
             asyncio.create_task(self._sign(WorkerRegistry(coordination, self._keys))),
             asyncio.create_task(keep_time(clock, coordination)),
+            asyncio.create_task(runner.keep_leases()),
+            asyncio.create_task(Sweeper(ledger).sweep()),
         ]
         if self._lease is not None:
             self._background.append(asyncio.create_task(self._hold(self._lease)))
 
     async def _close(self) -> None:
+        services = getattr(self, "services", None)
+        if services is not None:
+            await services.runner.stop()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -171,7 +204,6 @@ class Runtime:
                 await WorkerRegistry(coordination, self._keys).sign_off(self.worker_id)
             if self._lease is not None:
                 await self._lease.release()
-        services = getattr(self, "services", None)
         if services is not None:
             await services.store.stop()
         for client in self._clients.values():

@@ -1,15 +1,18 @@
 """The use cases: what a batch of jobs does to a memory backend. Knows nothing of Celery.
 
 A batch's adds go to the backend together; its other jobs run side by side. Whatever happens to one
-job becomes that job's outcome and nobody else's.
+job becomes that job's outcome and nobody else's. Jobs that failed in a way that may pass are left
+open, to be tried again with the batch's next run; those run one by one from then on, and a batch of
+which a worker has died runs strictly one job at a time, so that the culprit is found.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 from recallq.contract import (
     DEFAULT_SESSION,
@@ -32,16 +35,69 @@ from recallq.contract import (
 from recallq.errors import (
     BackendUnavailable,
     InternalError,
+    JobCancelled,
     JobError,
     JobExpired,
+    WorkerLost,
     WrongBackend,
 )
 from recallq_worker.backends.base import MemoryStore, Record
 from recallq_worker.ledger import Claim
+from recallq_worker.retries import RetryPolicy
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_DEATHS = 2
+"""Workers that a job may take with it, running alone, before it is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """What is left of a batch after a run: jobs to be tried again."""
+
+    delay: float
+    """Seconds until then."""
+    errors: dict[int, JobError]
+    """What each of them ended with this time."""
+
+
+class Observer(Protocol):
+    """Whom a run keeps informed."""
+
+    async def dead(self, index: int, error: JobError) -> bool:
+        """A write has failed for good. Whether it is kept as a dead letter; awaited before the job
+        counts as settled."""
+        ...
+
+    async def forget(self, scope: Scope, before_epoch: int) -> None:
+        """A delete begins: older dead letters of the scope go, and none come any more."""
+        ...
+
+    async def alone(self, index: int | None) -> None:
+        """A job of a suspicious batch begins, with nothing else of the batch beside it; None when
+        it has survived."""
+        ...
+
+
+@dataclass(slots=True)
+class _Run:
+    """A batch while it runs."""
+
+    batch: AnyBatch
+    claim: Claim
+    result: BatchResult
+    observer: Observer
+    open: dict[int, tuple[float, JobError]] = field(default_factory=dict)
+    """Jobs to be tried again: the wait, and what they ended with."""
+    tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    """Who runs a job at this moment. Several jobs may be in one task."""
+    stopped: set[int] = field(default_factory=set)
+    """Jobs that were asked to stop."""
+
+    def epoch(self, index: int) -> int:
+        return self.claim.epochs[index] if index < len(self.claim.epochs) else 0
 
 
 class MemoryService:
@@ -54,99 +110,214 @@ class MemoryService:
         now: Callable[[], float],
         job_timeout: float,
         parallel_jobs: int,
+        retries: RetryPolicy,
     ) -> None:
         self._store = store
         self._now = now
         self._job_timeout = job_timeout
         self._parallel_jobs = parallel_jobs
+        self._retries = retries
+        self._runs: dict[str, _Run] = {}
 
-    async def run(self, batch: AnyBatch, claim: Claim, result: BatchResult) -> None:
-        """Runs `batch`, entering each outcome into `result` as soon as it is there."""
+    async def run(
+        self, batch: AnyBatch, claim: Claim, result: BatchResult, observer: Observer
+    ) -> Postponed | None:
+        """Runs what is open of `batch`, entering each outcome into `result` as soon as it is there.
+
+        Jobs that have an outcome in `result` already are not run again. Returns the jobs that are
+        to be tried again, which have no outcome.
+        """
         result.operation = batch.operation
-        result.outcomes = [None] * len(batch.jobs)
-        runnable: list[int] = []
-        for index, job in enumerate(batch.jobs):
-            refusal = self._refusal(batch, index, job, claim)
-            if refusal is None:
-                runnable.append(index)
+        result.outcomes += [None] * (len(batch.jobs) - len(result.outcomes))
+        run = _Run(batch, claim, result, observer)
+        self._runs[batch.id] = run
+        try:
+            runnable: list[int] = []
+            for index, job in enumerate(batch.jobs):
+                if result.outcomes[index] is None and not await self._refused(run, index, job):
+                    runnable.append(index)
+            if claim.deliveries > 1:
+                await self._one_at_a_time(run, runnable)
+            elif isinstance(batch, AddBatch) and claim.attempts == 0:
+                await self._add_together(run, batch.jobs, runnable)
             else:
-                result.outcomes[index] = refusal
-        if isinstance(batch, AddBatch):
-            await self._add_together(batch.jobs, runnable, claim, result)
-        else:
-            await self._each(batch.jobs, runnable, claim, result)
+                await self._each(run, runnable)
+            return await self._what_is_left(run)
+        except Exception:
+            log.exception("a defect in running batch %s", batch.id)
+            for index, outcome in enumerate(result.outcomes):
+                if outcome is None:
+                    await self._failed(run, index, InternalError("see the worker's log"))
+            return None
+        finally:
+            del self._runs[batch.id]
 
-    def _refusal(self, batch: AnyBatch, index: int, job: Job, claim: Claim) -> Outcome | None:
-        """Why a job is not run at all, if so."""
-        if batch.backend is not None and batch.backend != self._store.name:
-            return failed(
-                WrongBackend(
-                    f"the job asks for backend {batch.backend} and this worker runs "
-                    f"{self._store.name}"
-                )
-            )
+    def stop(self, batch_id: str, indexes: Iterable[int]) -> None:
+        """Asks jobs that run to stop. One that is being stored together with others, which go on,
+        is not torn out."""
+        run = self._runs.get(batch_id)
+        if run is None:
+            return
+        asked = set(indexes) - run.stopped
+        run.stopped |= asked
+        for task in {run.tasks[index] for index in asked if index in run.tasks}:
+            if all(index in run.stopped for index, each in run.tasks.items() if each is task):
+                task.cancel()
+
+    async def _refused(self, run: _Run, index: int, job: Job) -> bool:
+        """Whether a job is not run at all; then it has its outcome."""
+        batch, claim = run.batch, run.claim
         if index in claim.cancelled:
-            return cancelled()
-        return self._lateness(job)
+            run.result.outcomes[index] = cancelled()
+            return True
+        error: JobError | None = None
+        if batch.backend is not None and batch.backend != self._store.name:
+            error = WrongBackend(
+                f"the job asks for backend {batch.backend} and this worker runs {self._store.name}"
+            )
+        elif claim.deaths.get(index, 0) >= _DEATHS:
+            error = WorkerLost(
+                f"{claim.deaths[index]} workers died while they ran this job and nothing else of "
+                "its batch"
+            )
+        else:
+            error = self._lateness(job, claim.attempts)
+        if error is not None:
+            await self._failed(run, index, error)
+        return error is not None
 
-    def _lateness(self, job: Job) -> Outcome | None:
+    def _lateness(self, job: Job, attempts: int = 0) -> JobExpired | None:
         late = self._now() - job.deadline if job.deadline is not None else 0.0
         if late <= 0:
             return None
-        return failed(JobExpired(f"the job's deadline passed {late:.1f} s before it could begin"))
+        what = "begin" if attempts == 0 else "be tried again"
+        return JobExpired(f"the job's deadline passed {late:.1f} s before it could {what}")
 
-    # --- add ------------------------------------------------------------------------------------
+    async def _failed(self, run: _Run, index: int, error: JobError) -> None:
+        """A job failed for good."""
+        outcome = failed(error)
+        if (
+            outcome.state is JobState.FAILED
+            and run.batch.operation.writes
+            and await run.observer.dead(index, error)
+        ):
+            outcome.state = JobState.DEAD
+        run.result.outcomes[index] = outcome
 
-    async def _add_together(
-        self, jobs: Sequence[AddJob], runnable: list[int], claim: Claim, result: BatchResult
-    ) -> None:
-        """Stores all jobs' records in one call. If it fails, each job gets a call of its own: the
-        records are the same, so those that were stored already are not stored twice."""
-        records = {index: _records(jobs[index], _epoch(claim, index)) for index in runnable}
+    async def _settle(self, run: _Run, index: int, done: Outcome | JobError) -> None:
+        """A job came to an end, which may not be its last."""
+        if not isinstance(done, JobError):
+            run.result.outcomes[index] = done
+            return
+        wait = self._wait(run, index, done)
+        if wait is None:
+            await self._failed(run, index, done)
+        else:
+            run.open[index] = (wait, done)
+
+    def _wait(self, run: _Run, index: int, error: JobError) -> float | None:
+        deadline = run.batch.jobs[index].deadline
+        left = None if deadline is None else deadline - self._now()
+        return self._retries.wait(error, run.claim.attempts + 1, left=left)
+
+    async def _what_is_left(self, run: _Run) -> Postponed | None:
+        """The jobs to be tried again, all together, when the last of them may be."""
+        now = self._now()
+        while run.open:
+            delay = max(wait for wait, _ in run.open.values())
+            late = [
+                index
+                for index in run.open
+                if (deadline := run.batch.jobs[index].deadline) is not None
+                and now + delay >= deadline
+            ]
+            if not late:
+                return Postponed(delay, {index: error for index, (_, error) in run.open.items()})
+            for index in late:
+                await self._failed(run, index, run.open.pop(index)[1])
+        return None
+
+    # --- together -------------------------------------------------------------------------------
+
+    async def _add_together(self, run: _Run, jobs: Sequence[AddJob], runnable: list[int]) -> None:
+        """Stores all jobs' records in one call. If it fails and that will not pass, each job gets a
+        call of its own: the records are the same, so those that were stored already are not stored
+        twice."""
+        records = {index: _records(jobs[index], run.epoch(index)) for index in runnable}
         everything = [record for each in records.values() for record in each]
         together: list[bool] | JobError = []
         if everything:
-            together = await self._guarded(lambda: self._store.add(everything))
-        if isinstance(together, JobError) and len(runnable) > 1:
-            log.warning("a batch of adds failed (%s); adding job by job", type(together).__name__)
-            await self._each(jobs, runnable, claim, result, begun=True)
+            together = await self._watched(
+                run, runnable, lambda: self._guarded(lambda: self._store.add(everything))
+            )
+        if isinstance(together, JobError):
+            lone = len(runnable) == 1
+            if not lone and all(self._wait(run, index, together) is None for index in runnable):
+                log.warning("adds failed together (%s); adding job by job", type(together).__name__)
+                await self._each(run, runnable, begun=True)
+                return
+            for index in runnable:
+                await self._settle(run, index, together)
             return
         start = 0
         for index in runnable:
-            if isinstance(together, JobError):
-                result.outcomes[index] = failed(together)
-                continue
             mine = records[index]
-            result.outcomes[index] = _added(mine, together[start : start + len(mine)])
+            run.result.outcomes[index] = _added(mine, together[start : start + len(mine)])
             start += len(mine)
 
     # --- job by job -----------------------------------------------------------------------------
 
-    async def _each(
-        self,
-        jobs: Sequence[AnyJob],
-        runnable: list[int],
-        claim: Claim,
-        result: BatchResult,
-        *,
-        begun: bool = False,
-    ) -> None:
+    async def _each(self, run: _Run, runnable: list[int], *, begun: bool = False) -> None:
+        """Runs jobs side by side."""
         slots = asyncio.Semaphore(self._parallel_jobs)
 
         async def settle(index: int) -> None:
             async with slots:
                 # It may have waited long for its turn. What was begun is past expiring.
-                if not begun and (late := self._lateness(jobs[index])):
-                    result.outcomes[index] = late
-                    return
-                done = await self._guarded(lambda: self._one(jobs[index], _epoch(claim, index)))
-            result.outcomes[index] = failed(done) if isinstance(done, JobError) else done
+                late = None if begun else self._lateness(run.batch.jobs[index])
+                done = late or await self._run_one(run, index)
+            await self._settle(run, index, done)
 
         async with asyncio.TaskGroup() as group:
             for index in runnable:
                 group.create_task(settle(index))
 
-    async def _one(self, job: AnyJob, epoch: int) -> Outcome:
+    async def _one_at_a_time(self, run: _Run, runnable: list[int]) -> None:
+        """Runs jobs one after the other, leaving word of which one it is."""
+        log.warning("batch %s is run again, one job at a time", run.batch.id)
+        for index in runnable:
+            await run.observer.alone(index)
+            await self._settle(run, index, await self._run_one(run, index))
+        if runnable:
+            await run.observer.alone(None)
+
+    async def _run_one(self, run: _Run, index: int) -> Outcome | JobError:
+        job, epoch = run.batch.jobs[index], run.epoch(index)
+        if index in run.stopped:
+            return cancelled()
+        return await self._watched(
+            run, [index], lambda: self._guarded(lambda: self._one(run, job, epoch))
+        )
+
+    async def _watched(
+        self, run: _Run, indexes: list[int], work: Callable[[], Awaitable[T | JobError]]
+    ) -> T | JobError:
+        """Does `work` for jobs in such a way that `stop` reaches it."""
+        task = asyncio.current_task()
+        assert task is not None
+        run.tasks |= dict.fromkeys(indexes, task)
+        try:
+            return await work()
+        except asyncio.CancelledError:
+            if task.cancelling() != 1 or not run.stopped.issuperset(indexes):
+                raise  # it is the whole worker that is to stop
+            task.uncancel()
+            return JobCancelled("the job was stopped while it ran; a part of it may be done")
+        finally:
+            for index in indexes:
+                del run.tasks[index]
+
+    async def _one(self, run: _Run, job: AnyJob, epoch: int) -> Outcome:
         match job:
             case AddJob():
                 records = _records(job, epoch)
@@ -162,6 +333,7 @@ class MemoryService:
                 page = await self._store.list(job.scope, offset=job.offset, limit=job.limit)
                 return _succeeded({"records": [_stored(record) for record in page]})
             case DeleteJob():
+                await run.observer.forget(job.scope, epoch)
                 removed = await self._store.delete(job.scope, before_epoch=epoch)
                 return _succeeded({"removed": removed})
             case _:
@@ -189,10 +361,6 @@ class MemoryService:
             return InternalError(
                 f"{type(error).__name__} in backend {self._store.name}; see the worker's log"
             )
-
-
-def _epoch(claim: Claim, index: int) -> int:
-    return claim.epochs[index] if index < len(claim.epochs) else 0
 
 
 def _records(job: AddJob, epoch: int) -> list[Record]:

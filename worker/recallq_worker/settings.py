@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from recallq.redis_client import check_url
 from recallq.reference import ReferenceSettings
@@ -29,9 +29,16 @@ class WorkerSettings(ClientSettings):
     """How long a batch's settled jobs wait for its slow ones before they are answered."""
     result_expires: int = Field(3600, ge=1)
     """How long results are kept, and handles know their jobs."""
-    visibility_timeout: int = Field(90, ge=5)
-    """Age at which a message that a vanished worker held goes back to its queue. Longer than any
-    live worker holds one: a batch may take two job timeouts, together and then job by job."""
+    visibility_timeout: int = Field(60, ge=5)
+    """Age at which a message that a worker has not acknowledged goes back to its queue. Recovery
+    does not wait for it, and a worker that is merely slow keeps its batch: what comes back is then
+    found to be done or in hand, and dropped."""
+    retry_attempts: int = Field(10, ge=1)
+    """Most runs of a job whose backend is unavailable; after the last the job is a dead letter."""
+    retry_base: float = Field(0.5, gt=0)
+    """Longest wait after the first failed run; it doubles with each further one."""
+    retry_cap: float = Field(60.0, gt=0)
+    """Longest wait between two runs, unless the backend asks for more."""
 
     store_url: str = Field("", repr=False)
     """The Redis in which the redis backend keeps memories; redis_url by default."""
@@ -44,12 +51,6 @@ class WorkerSettings(ClientSettings):
     @classmethod
     def _store_scheme(cls, url: str) -> str:
         return check_url(url) if url else url
-
-    @model_validator(mode="after")
-    def _live_workers_keep_their_messages(self) -> Self:
-        if self.visibility_timeout <= 2 * self.job_timeout:
-            raise ValueError("visibility_timeout must be more than twice job_timeout")
-        return self
 
     @classmethod
     def load(cls, **arguments: Any) -> Self:

@@ -31,7 +31,7 @@ def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
         async with connect_existing(url) as client:
             outstanding = await client.transport.outstanding()
             workers = await client.workers()
-            dead = await client.transport.dead_letters()
+            dead = await client.dead_letters.count()
         if as_json:
             report = {
                 "lanes": {

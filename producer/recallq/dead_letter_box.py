@@ -1,0 +1,143 @@
+"""Dead letters in the caller's hand: list, look at, replay, purge.
+
+A replayed job is as old as it was: it keeps its order key, its deletion epochs and the ids of its
+records. So what a delete has removed stays away, the messages take their old places, and what the
+dead job had stored already is not stored twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from recallq.contract import (
+    AddBatch,
+    AddJob,
+    Batch,
+    DeleteJob,
+    Lane,
+    Operation,
+    Scope,
+    decode_batch,
+    encode_batch,
+    make_batch,
+)
+from recallq.dead_letters import DeadLetter
+from recallq.errors import InvalidInput, UndecodableJob, UnknownJob
+from recallq.handle import JobHandle
+
+if TYPE_CHECKING:
+    from recallq.client import MemoryClient
+
+
+class DeadLetterBox:
+    """The dead letters of a namespace. Every call may raise `ServiceUnavailable`."""
+
+    def __init__(self, client: MemoryClient) -> None:
+        self._client = client
+        self._transport = client.transport
+        self._office = self._transport.dead_letters
+
+    async def count(self) -> int:
+        """How many there are."""
+        async with self._transport.asking("cannot count the dead letters"):
+            return await self._office.count()
+
+    async def list(
+        self,
+        user_id: str | None = None,
+        session_id: str | None = None,
+        *,
+        before: datetime | None = None,
+        limit: int | None = None,
+    ) -> list[DeadLetter]:
+        """The letters, oldest first: all, or those of a user or session of the client's tenant, or
+        those that died `before` a time, and at most `limit` of them."""
+        found: list[DeadLetter] = []
+        async for letter in self._every(user_id, session_id, before):
+            if limit is not None and len(found) >= limit:
+                break
+            found.append(letter)
+        return found
+
+    async def get(self, letter_id: str) -> DeadLetter:
+        """Raises `UnknownJob` if there is no such letter."""
+        async with self._transport.asking("cannot read the dead letter"):
+            letter = await self._office.get(letter_id)
+        if letter is None:
+            raise UnknownJob(
+                f"there is no dead letter {letter_id}: it was replayed or purged, or went with a "
+                "deletion of its user or session"
+            )
+        return letter
+
+    async def replay(self, letter: DeadLetter | str) -> JobHandle:
+        """Submits the job again, without a deadline, and forgets the letter.
+
+        A process that dies in between leaves a letter whose job runs: replaying it once more does
+        no harm. Raises `UnknownJob`, `QueueFull`, and `InvalidInput` for what cannot be read.
+        """
+        if isinstance(letter, str):
+            letter = await self.get(letter)
+        batch = self._revived(letter)
+        await self._transport.publish(batch, encode_batch(batch), letter.epochs)
+        await self.purge(letter)
+        return JobHandle(self._client, batch.jobs[0].id)
+
+    async def purge(self, letter: DeadLetter | str) -> bool:
+        """Forgets a letter for good; False if it was gone already."""
+        if isinstance(letter, str):
+            letter = await self.get(letter)
+        async with self._transport.asking("cannot purge the dead letter"):
+            return await self._office.remove(letter)
+
+    async def _every(
+        self, user_id: str | None, session_id: str | None, before: datetime | None
+    ) -> AsyncIterator[DeadLetter]:
+        if user_id is None and session_id is not None:
+            raise InvalidInput("a session_id needs the user_id that it belongs to")
+        scope = None
+        if user_id is not None:
+            scope = Scope(self._client.settings.tenant, user_id, session_id)
+        async with self._transport.asking("cannot read the dead letters", timeout=60.0):
+            async for letter in self._office.every(scope=scope, before=before):
+                yield letter
+
+    def _revived(self, letter: DeadLetter) -> Batch[Any]:
+        """A batch of the letter's jobs, under a new id."""
+        if letter.job is not None:
+            job: AddJob | DeleteJob
+            if letter.operation is Operation.ADD:
+                job = AddJob.model_validate(letter.job)
+                job.origin = job.origin or letter.id
+            else:
+                job = DeleteJob.model_validate(letter.job)
+            job.deadline = None
+            return make_batch(
+                self._transport.next_batch_id(),
+                letter.lane or Lane.LIVE,
+                letter.operation or Operation.DELETE,
+                [job],
+                letter.backend,
+            )
+        try:
+            batch = decode_batch(letter.payload)
+        except UndecodableJob as error:
+            raise InvalidInput(
+                f"dead letter {letter.id} cannot be read by this version: {error}; replay it with "
+                "the one that wrote it, or purge it"
+            ) from error
+        if isinstance(batch, AddBatch):
+            for each in batch.jobs:
+                each.origin = each.origin or each.id
+        if len(letter.epochs) != len(batch.jobs):
+            # Nobody knows how old it is: as old as can be, so that any deletion counts.
+            letter.epochs = [0] * len(batch.jobs)
+        return make_batch(
+            self._transport.next_batch_id(),
+            batch.lane,
+            batch.operation,
+            [*batch.jobs],
+            batch.backend,
+        )

@@ -1,0 +1,57 @@
+"""The Celery message: what a task looks like on a queue.
+
+Celery itself builds the headers, so that a message is what any standard worker expects; only the
+way onto the queue is our own (`recallq.transport`). Workers write messages too, when they send a
+job again that came without a ledger entry.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import orjson
+from celery import Celery
+
+from recallq.contract import Operation
+
+
+class CeleryEnvelope:
+    """Writes the JSON that kombu's Redis transport expects on a queue.
+
+    Celery builds the headers and embedded options once per task; only ids differ between messages.
+    Arguments are hidden from the headers: their repr would put the users' text there.
+    """
+
+    def __init__(self, client_id: str) -> None:
+        app = Celery(set_as_current=False)
+        self._templates: dict[Operation, tuple[dict[str, Any], Any]] = {}
+        for operation in Operation:
+            message = app.amqp.as_task_v2(
+                "", operation.task_name, args=("",), argsrepr="-", kwargsrepr="-",
+                origin=f"recallq@{client_id}",
+            )  # fmt: skip
+            self._templates[operation] = (message.headers, message.body[2])
+        self._client_id = client_id
+
+    def wrap(self, task_id: str, operation: Operation, payload: str, queue: str) -> bytes:
+        """The queue entry of one task whose only argument is `payload`."""
+        headers, embedded = self._templates[operation]
+        return orjson.dumps(
+            {
+                "body": orjson.dumps([[payload], {}, embedded]).decode(),
+                "content-encoding": "utf-8",
+                "content-type": "application/json",
+                "headers": {**headers, "id": task_id, "root_id": task_id},
+                "properties": {
+                    "correlation_id": task_id,
+                    "reply_to": self._client_id,
+                    "delivery_mode": 2,
+                    "delivery_info": {"exchange": "", "routing_key": queue},
+                    "priority": 0,
+                    # kombu's default is base64, a third larger and unreadable in redis-cli.
+                    "body_encoding": "utf-8",
+                    "delivery_tag": str(uuid.uuid4()),
+                },
+            }
+        )

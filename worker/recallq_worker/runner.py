@@ -1,0 +1,204 @@
+"""One batch's way through a worker: claimed, run, and settled, postponed or handed back.
+
+The runner holds the leases of what runs in this process. Whatever it asks of Redis it asks until
+Redis answers: the batch is ours and stays in the ledger meanwhile, so nothing is lost by waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from typing import Any, TypeVar
+
+from redis.exceptions import RedisError
+
+from recallq.clock import FleetClock
+from recallq.contract import AnyBatch, BatchResult, Operation, Scope
+from recallq.dead_letters import of_job
+from recallq.errors import JobError, to_wire
+from recallq.keys import Keys
+from recallq.redis_client import COMMAND_TIMEOUT
+from recallq_worker.dead_letters import DeadLetters
+from recallq_worker.ledger import RENEW_EVERY, Claim, WorkerLedger
+from recallq_worker.service import MemoryService, Postponed
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FAREWELL = 3.0
+"""Seconds that handing a batch back may take when the process stops."""
+
+
+class Settled(Enum):
+    """How a run ended that left nothing to be tried again."""
+
+    NOW = "now"
+    """Its result is to be stored."""
+    ELSEWHERE = "elsewhere"
+    """It was answered before, or another worker runs it: there is nothing to do."""
+
+
+class BatchRunner:
+    """Runs the batches of one worker process."""
+
+    def __init__(
+        self,
+        service: MemoryService,
+        ledger: WorkerLedger,
+        dead_letters: DeadLetters,
+        keys: Keys,
+        clock: FleetClock,
+    ) -> None:
+        self._service = service
+        self._ledger = ledger
+        self._dead_letters = dead_letters
+        self._keys = keys
+        self._clock = clock
+        self._held: set[str] = set()
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def run(self, batch: AnyBatch, result: BatchResult) -> Settled | Postponed:
+        """Runs `batch`, entering outcomes into `result` as they come.
+
+        After `Settled.NOW` the batch stays held until `done` is called: its result is not stored
+        yet. After `Postponed` call `postpone`, once the outcomes there are have been stored.
+        """
+        if batch.id in self._held:
+            return Settled.ELSEWHERE  # a second delivery of what runs here
+        self._held.add(batch.id)
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        kept = False
+        try:
+            claim = await insistently(lambda: self._ledger.claim(batch))
+            if claim is None:
+                log.info("batch %s runs elsewhere or was answered; not run again", batch.id)
+                return Settled.ELSEWHERE
+            if not claim.first:
+                before = await insistently(lambda: self._ledger.answer(batch.id))
+                if before is not None:
+                    result.outcomes = before[0].outcomes
+                    if before[1]:  # stored, and the worker died before it was struck off
+                        kept = True
+                        return Settled.NOW
+            if not batch.operation.writes and batch.operation is not Operation.HEALTH:
+                users = [self._keys.user_tag(*_owner(job.scope)) for job in batch.jobs]
+                result.users, result.epochs = users, claim.epochs
+            observer = _Observer(batch, claim, self._ledger, self._dead_letters, self._clock)
+            left = await self._service.run(batch, claim, result, observer)
+        except asyncio.CancelledError:
+            # The process ends: another shall run the batch, at once.
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                async with asyncio.timeout(_FAREWELL):
+                    await self._ledger.release(batch.id)
+            raise
+        else:
+            kept = True
+            return left or Settled.NOW
+        finally:
+            self._running.discard(task)
+            if not kept:
+                self._held.discard(batch.id)
+
+    async def stop(self) -> None:
+        """Hands back what still runs; what cannot be handed back in time is found by others."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running, timeout=_FAREWELL + 1)
+
+    async def postpone(self, batch_id: str, left: Postponed) -> None:
+        """Ends a run of which jobs are left to be tried again."""
+        errors = {str(index): f"{error.code}: {error}" for index, error in left.errors.items()}
+        history = {"at": self._clock.now(), "errors": errors}
+        self._held.discard(batch_id)
+        await insistently(lambda: self._ledger.postpone(batch_id, left.delay, history))
+
+    def done(self, batch_id: str) -> None:
+        """The batch's result is stored, or will never be."""
+        self._held.discard(batch_id)
+
+    async def keep_leases(self) -> None:
+        """Renews the leases of what runs here, and passes on who is asked to stop; for ever."""
+        while True:
+            await asyncio.sleep(RENEW_EVERY)
+            if not self._held:
+                continue
+            try:
+                async with asyncio.timeout(COMMAND_TIMEOUT):
+                    told = await self._ledger.renew(list(self._held))
+            except (RedisError, OSError) as error:
+                log.warning("cannot renew leases yet: %s", type(error).__name__)
+                continue
+            for batch_id, stop in told.items():
+                if stop:
+                    self._service.stop(batch_id, stop)
+
+
+class _Observer:
+    """What the service tells of one run, and where it is written."""
+
+    def __init__(
+        self,
+        batch: AnyBatch,
+        claim: Claim,
+        ledger: WorkerLedger,
+        dead_letters: DeadLetters,
+        clock: FleetClock,
+    ) -> None:
+        self._batch = batch
+        self._claim = claim
+        self._ledger = ledger
+        self._dead_letters = dead_letters
+        self._clock = clock
+
+    async def dead(self, index: int, error: JobError) -> bool:
+        history: list[dict[str, Any]] = []
+        if self._claim.attempts:
+            attempts = await insistently(lambda: self._ledger.history(self._batch.id))
+            history = [
+                {"at": each["at"], "error": each["errors"][str(index)]}
+                for each in attempts
+                if str(index) in each["errors"]
+            ]
+        letter = of_job(
+            self._batch.jobs[index],
+            self._batch.operation,
+            self._batch.lane,
+            self._batch.backend,
+            epoch=self._claim.epochs[index] if index < len(self._claim.epochs) else 0,
+            error=to_wire(error),
+            attempts=self._claim.attempts + self._claim.deliveries,
+            history=history,
+            at=self._clock.now(),
+        )
+        return await insistently(lambda: self._dead_letters.keep(letter))
+
+    async def forget(self, scope: Scope, before_epoch: int) -> None:
+        await insistently(lambda: self._dead_letters.forget(scope, before_epoch))
+
+    async def alone(self, index: int | None) -> None:
+        await insistently(lambda: self._ledger.alone(self._batch.id, index))
+
+
+async def insistently(work: Callable[[], Awaitable[T]]) -> T:
+    """Does `work` as soon as Redis allows; `work` must bear being repeated."""
+    delay = 0.05
+    while True:
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT):
+                return await work()
+        except (RedisError, OSError) as error:
+            log.warning("Redis does not answer yet: %s", type(error).__name__)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 1.0)
+
+
+def _owner(scope: Scope) -> tuple[str, str]:
+    return scope.tenant, scope.user_id
