@@ -13,6 +13,7 @@ from recallq.contract import (
     Lane,
     StoredMessage,
 )
+from recallq.dead_letters import DeadLetter
 from recallq.errors import (
     BackendError,
     BackendUnavailable,
@@ -28,9 +29,11 @@ from recallq.errors import (
     MissingExtra,
     QueueFull,
     RecallQError,
+    ResultWithdrawn,
     ServiceUnavailable,
     UndecodableJob,
     UnknownJob,
+    WorkerLost,
     WrongBackend,
 )
 from recallq.factory import MemoryServiceFactory
@@ -59,6 +62,7 @@ __all__ = [
     "ConfigurationError",
     "ContentPart",
     "DataPart",
+    "DeadLetter",
     "DeleteResult",
     "FilePart",
     "Health",
@@ -81,10 +85,12 @@ __all__ = [
     "QueueFull",
     "RecallQError",
     "RefusalPart",
+    "ResultWithdrawn",
     "ServiceUnavailable",
     "StoredMessage",
     "TextPart",
     "UndecodableJob",
     "UnknownJob",
+    "WorkerLost",
     "WrongBackend",
 ]

@@ -11,9 +11,7 @@ import asyncio
 import contextlib
 import time
 
-from redis.exceptions import RedisError
-
-from recallq.redis_client import COMMAND_TIMEOUT, RedisClient
+from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient
 
 _PROBES = 5
 _RECALIBRATE = 300.0
@@ -57,6 +55,6 @@ async def keep_time(clock: FleetClock, redis: RedisClient) -> None:
     """Calibrates `clock` now and then, for ever; what a client or a worker runs as a task."""
     while True:
         await asyncio.sleep(_RECALIBRATE)
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*LOST):
             async with asyncio.timeout(COMMAND_TIMEOUT):
                 await clock.calibrate(redis)

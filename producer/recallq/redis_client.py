@@ -13,6 +13,7 @@ shown with its credentials.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -44,6 +45,9 @@ _KEEPALIVE = {
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
     if hasattr(socket, name)
 }
+
+LOST = (exceptions.RedisError, OSError, EOFError)
+"""What commands raise when Redis does not answer as it should."""
 
 RedisClient: TypeAlias = Redis
 """An asyncio client whose replies are bytes, whatever its annotations allow besides."""
@@ -131,6 +135,46 @@ async def asking(url: str, doing: str, timeout: float = COMMAND_TIMEOUT) -> Asyn
         raise ServiceUnavailable(
             f"{doing}: Redis at {redact(url)} is out of memory (maxmemory); nothing was enqueued"
         ) from error
-    except (exceptions.RedisError, OSError) as error:
-        reason = str(error) or type(error).__name__
-        raise ServiceUnavailable(f"{doing}: Redis at {redact(url)}: {reason}") from error
+    except LOST as error:
+        raise ServiceUnavailable(f"{doing}: Redis at {redact(url)}: {reason_of(error)}") from error
+
+
+_PERMANENT = (
+    exceptions.AuthenticationError,  # to redis-py these two are connection errors
+    exceptions.AuthorizationError,
+    exceptions.MovedError,  # to redis-py an AskError
+)
+_TRANSIENT = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.ReadOnlyError,
+    exceptions.OutOfMemoryError,
+    exceptions.TryAgainError,
+    exceptions.AskError,
+    exceptions.ClusterError,
+    exceptions.NoScriptError,
+    exceptions.WatchError,
+    OSError,
+    EOFError,
+)
+# Replies that redis-py has no class for; Redis 6.2 puts the code behind others' words when it
+# comes from inside a script.
+_TRANSIENT_REPLY = re.compile(
+    r"^(BUSY|MISCONF|NOREPLICAS) |^max number of clients "
+    r"|^Error running script .*-(OOM|READONLY|MISCONF|NOREPLICAS|MASTERDOWN) ",
+    re.DOTALL,
+)
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether a later try may succeed."""
+    if isinstance(error, _PERMANENT):
+        return False
+    return isinstance(error, _TRANSIENT) or bool(_TRANSIENT_REPLY.search(str(error)))
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without the arguments that some servers repeat: a HELLO's hold the
+    password."""
+    said = re.split(r",? with args beginning with", str(error))[0]
+    return said or type(error).__name__

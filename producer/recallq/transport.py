@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import orjson
-from redis import exceptions as redis_exceptions
 
 from recallq.clock import FleetClock, keep_time
 from recallq.contract import (
@@ -46,7 +45,7 @@ from recallq.errors import (
 )
 from recallq.keys import Keys
 from recallq.ledger import LedgerEntry, ProducerLedger
-from recallq.redis_client import COMMAND_TIMEOUT, RedisClient, asking, connect
+from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
 from recallq.settings import ClientSettings
 from recallq.workers import WorkerInfo, WorkerRegistry
 
@@ -266,7 +265,7 @@ class Transport:
                         message = await pubsub.get_message(timeout=5.0)
                         if message is not None and message["type"] == "message":
                             self._on_reply(message["data"])
-            except (redis_exceptions.RedisError, OSError) as error:
+            except LOST as error:
                 log.warning("lost the result channel (%s); reconnecting", type(error).__name__)
             finally:
                 await redis.aclose(close_connection_pool=True)
@@ -304,7 +303,7 @@ class Transport:
             try:
                 for start in range(0, len(late), _LOOK_UP_CHUNK):
                     await self._look_up(late[start : start + _LOOK_UP_CHUNK])
-            except (redis_exceptions.RedisError, OSError) as error:
+            except LOST as error:
                 self._look_up_all = self._look_up_all or everything
                 log.debug("cannot look up results yet: %s", type(error).__name__)
 

@@ -358,7 +358,9 @@ class TestAWorkerThatObeys:
     async def obeyed(
         self, redis_url: str, namespace: str, start_worker: Callable[..., Worker]
     ) -> AsyncIterator[MemoryClient]:
-        await asyncio.to_thread(start_worker, backend="obedient", job_timeout=1.5, retry_attempts=2, retry_base=0.1)
+        await asyncio.to_thread(
+            start_worker, backend="obedient", job_timeout=1.5, retry_attempts=2, retry_base=0.1
+        )
         async with MemoryClient(redis_url, namespace=namespace) as client:
             with no_blocking():
                 yield client

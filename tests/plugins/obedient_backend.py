@@ -1,8 +1,13 @@
-"""A backend from outside: an in-memory store that does what messages and queries tell it.
+"""Backends from outside that do what messages and queries tell them.
 
-Registered by its own entry point, as anybody's backend would be. ``sleep 2`` in a text makes the
-operation last two seconds, ``refuse``, ``unavailable`` and ``explode`` make it fail in the three
-ways a backend can, and ``exit`` ends the worker process at once.
+Registered by their own entry points, as anybody's backend would be. ``sleep 2`` in a text makes the
+operation last two seconds, ``fail 3 times`` makes it unavailable so often before it works (and
+``wait 2`` asks for that many seconds), ``refuse``, ``unavailable`` and ``explode`` make it fail in
+the three ways a backend can, and ``exit`` ends the worker process at once.
+
+`ObedientStore` keeps memories in the process. `SlowRedisStore` keeps them in Redis, where it also
+counts the calls in which it stored something (``<namespace>:calls``), and does not ``refuse`` any
+more once ``<namespace>:allowed`` is there.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -18,6 +24,9 @@ from recallq.errors import BackendError, BackendUnavailable
 from recallq.messages import message_text
 from recallq_worker.backends.base import Hit, Record
 from recallq_worker.backends.in_memory import InMemoryStore
+from recallq_worker.backends.redis import RedisStore
+
+_failed: Counter[str] = Counter()
 
 
 class ObedientStore(InMemoryStore):
@@ -36,9 +45,31 @@ class ObedientStore(InMemoryStore):
         return await super().search(scope, query, top_k=top_k, score_threshold=score_threshold)
 
 
+class SlowRedisStore(RedisStore):
+    name: ClassVar[str] = "slow_redis"
+
+    async def add(self, records: Sequence[Record]) -> list[bool]:
+        await self._redis.incr(f"{self._keys.namespace}:calls")
+        allowed = await self._redis.exists(f"{self._keys.namespace}:allowed")
+        for record in records:
+            text = message_text(record.message)
+            await _obey(text.replace("refuse", "") if allowed else text)
+        return await super().add(records)
+
+    async def search(
+        self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
+    ) -> list[Hit]:
+        await _obey(query)
+        return await super().search(scope, query, top_k=top_k, score_threshold=score_threshold)
+
+
 async def _obey(text: str) -> None:
     if slept := re.search(r"\bsleep ([0-9.]+)", text):
         await asyncio.sleep(float(slept[1]))
+    if (times := re.search(r"\bfail ([0-9]+) times", text)) and _failed[text] < int(times[1]):
+        _failed[text] += 1
+        wait = re.search(r"\bwait ([0-9.]+)", text)
+        raise BackendUnavailable("not yet", retry_after=float(wait[1]) if wait else None)
     if "refuse" in text:
         raise BackendError("refused, as told")
     if "unavailable" in text:

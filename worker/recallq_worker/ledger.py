@@ -68,7 +68,7 @@ redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('ZREM', ARGV[4] .. lane, ARGV[1])
 redis.call('ZADD', KEYS[2], now + tonumber(ARGV[3]), ARGV[1])
 redis.call('HSET', KEYS[1], 's', 'running', 'w', ARGV[2])
-redis.call('HDEL', KEYS[1], 'z')
+redis.call('HDEL', KEYS[1], 'z', 'r')
 local deliveries = redis.call('HINCRBY', KEYS[1], 'd', 1)
 local e, c, p, a = unpack(redis.call('HMGET', KEYS[1], 'e', 'c', 'p', 'a'))
 local suspects = {}

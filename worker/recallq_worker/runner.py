@@ -13,14 +13,12 @@ from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import Any, TypeVar
 
-from redis.exceptions import RedisError
-
 from recallq.clock import FleetClock
 from recallq.contract import AnyBatch, BatchResult, Operation, Scope
 from recallq.dead_letters import of_job
 from recallq.errors import JobError, to_wire
 from recallq.keys import Keys
-from recallq.redis_client import COMMAND_TIMEOUT
+from recallq.redis_client import COMMAND_TIMEOUT, LOST
 from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.ledger import RENEW_EVERY, Claim, WorkerLedger
 from recallq_worker.service import MemoryService, Postponed
@@ -93,7 +91,7 @@ class BatchRunner:
             left = await self._service.run(batch, claim, result, observer)
         except asyncio.CancelledError:
             # The process ends: another shall run the batch, at once.
-            with contextlib.suppress(RedisError, OSError, TimeoutError):
+            with contextlib.suppress(*LOST):
                 async with asyncio.timeout(_FAREWELL):
                     await self._ledger.release(batch.id)
             raise
@@ -133,7 +131,7 @@ class BatchRunner:
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT):
                     told = await self._ledger.renew(list(self._held))
-            except (RedisError, OSError) as error:
+            except LOST as error:
                 log.warning("cannot renew leases yet: %s", type(error).__name__)
                 continue
             for batch_id, stop in told.items():
@@ -194,7 +192,7 @@ async def insistently(work: Callable[[], Awaitable[T]]) -> T:
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT):
                 return await work()
-        except (RedisError, OSError) as error:
+        except LOST as error:
             log.warning("Redis does not answer yet: %s", type(error).__name__)
             await asyncio.sleep(delay)
             delay = min(delay * 2, 1.0)

@@ -21,13 +21,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-from redis import exceptions as redis_exceptions
-
 from recallq.clock import FleetClock, keep_time
 from recallq.contract import Lane
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError, ServiceUnavailable
 from recallq.keys import Keys
-from recallq.redis_client import COMMAND_TIMEOUT, RedisClient, asking, connect
+from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
 from recallq.workers import SIGN_OF_LIFE_EVERY, WorkerInfo, WorkerRegistry
 from recallq_worker.backends import registry
 from recallq_worker.backends.base import MemoryStore
@@ -198,7 +196,7 @@ class Runtime:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        with contextlib.suppress(redis_exceptions.RedisError, OSError):
+        with contextlib.suppress(*LOST):
             coordination = self._clients.get(self.settings.coordination_url)
             if coordination is not None and self._background:
                 await WorkerRegistry(coordination, self._keys).sign_off(self.worker_id)
@@ -224,7 +222,7 @@ class Runtime:
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT):
                     await workers.sign(info)
-            except (redis_exceptions.RedisError, OSError) as error:
+            except LOST as error:
                 log.warning("cannot give a sign of life: %s", type(error).__name__)
             await asyncio.sleep(SIGN_OF_LIFE_EVERY)
 
@@ -234,7 +232,7 @@ class Runtime:
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT):
                     kept = await lease.renew() or await self._take_again(lease)
-            except (redis_exceptions.RedisError, OSError) as error:
+            except LOST as error:
                 log.warning("cannot renew the backend's lease: %s", type(error).__name__)
                 continue
             if not kept:

@@ -13,10 +13,8 @@ import logging
 import random
 import time
 
-from redis.exceptions import RedisError
-
 from recallq.contract import Lane
-from recallq.redis_client import COMMAND_TIMEOUT
+from recallq.redis_client import COMMAND_TIMEOUT, LOST
 from recallq_worker.ledger import RENEW_EVERY, WorkerLedger
 
 log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ class Sweeper:
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT):
                     wait = await self._ledger.try_again()
-            except (RedisError, OSError) as error:
+            except LOST as error:
                 log.debug("cannot look for jobs to be tried again: %s", type(error).__name__)
             nap = _LONGEST_NAP if wait is None else min(max(wait, _SHORTEST_NAP), _LONGEST_NAP)
             await asyncio.sleep(nap)
@@ -71,7 +69,7 @@ class Sweeper:
                         await self._sweep_once(send=now >= send_at)
                         send_at = now + _SEND_AGAIN_EVERY if now >= send_at else send_at
                 heard = time.monotonic()
-            except (RedisError, OSError) as error:
+            except LOST as error:
                 log.debug("cannot look for lost batches: %s", type(error).__name__)
 
     async def _sweep_once(self, *, send: bool) -> None:

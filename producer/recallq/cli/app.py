@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from recallq.cli import memory, service, status
+from recallq.cli import dead, memory, service, status
 from recallq.cli.demo import demo
 from recallq.cli.ingest import ingest_command
 
@@ -27,6 +27,7 @@ app.command("search")(memory.search)
 app.command("list")(memory.list_)
 app.command("delete")(memory.delete)
 app.command("ingest")(ingest_command)
+app.add_typer(dead.app, name="dead", no_args_is_help=True)
 app.command("status")(status.status)
 app.command("doctor")(status.doctor)
 app.command("backends")(service.backends)

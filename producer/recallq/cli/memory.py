@@ -44,7 +44,7 @@ def add(
         async with connect(url, tenant=tenant) as client:
             added = await client.add_memory(user, messages, session, timeout=timeout)
         if as_json:
-            _print_json(added.model_dump())
+            print_json(added.model_dump())
         else:
             print(f"stored {count(added.added, 'message')} for {user}")
 
@@ -69,7 +69,7 @@ def search(
         async with connect(url, tenant=tenant) as client:
             hits = await client.search(user, " ".join(query), filters, timeout=timeout)
         if as_json:
-            _print_json([_as_json(hit) for hit in hits])
+            print_json([_as_json(hit) for hit in hits])
         elif not hits:
             print("nothing found")
         else:
@@ -95,7 +95,7 @@ def list_(
         async with connect(url, tenant=tenant) as client:
             records = await client.list_records(user, filters, timeout=timeout)
         if as_json:
-            _print_json([_as_json(record) for record in records])
+            print_json([_as_json(record) for record in records])
         elif not records:
             print("no messages" if page == 1 else f"no messages on page {page}")
         else:
@@ -125,7 +125,7 @@ def delete(
         async with connect(url, tenant=tenant) as client:
             deleted = await client.delete_memory(user, session, timeout=timeout)
         if as_json:
-            _print_json(deleted.model_dump())
+            print_json(deleted.model_dump())
         else:
             what = "everything" if session is None else f"session {session}"
             print(f"deleted {what} of {user}: {count(deleted.removed, 'message')}")
@@ -139,7 +139,7 @@ def _as_json(record: StoredMessage) -> dict[str, Any]:
     return {**record.model_dump(mode="json", exclude={"message"}), "message": plain}
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     sys.stdout.write(orjson.dumps(value).decode() + "\n")
 
 

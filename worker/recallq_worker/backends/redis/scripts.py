@@ -29,9 +29,11 @@ local stored, touched = {}, {}
 for at = 6 + 2 * count, #ARGV, 5 do
   local i, id, order = tonumber(ARGV[at]), ARGV[at + 1], ARGV[at + 2]
   if tonumber(ARGV[at + 3]) >= fences[i]
-     and redis.call('HSETNX', KEYS[1], id, ARGV[at + 4]) == 1 then
+     and redis.call('HEXISTS', KEYS[1], id) == 0 then
+    -- The record last: should a command be refused, adding it again finds it missing.
     redis.call('ZADD', KEYS[2], order, id)
     redis.call('ZADD', KEYS[4 + i], order, id)
+    redis.call('HSET', KEYS[1], id, ARGV[at + 4])
     touched[i] = true
     stored[#stored + 1] = '1'
   else

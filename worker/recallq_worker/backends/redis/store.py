@@ -23,7 +23,15 @@ from redis import exceptions
 from recallq.contract import Health, Scope
 from recallq.errors import BackendError, BackendUnavailable
 from recallq.keys import Keys, escape
-from recallq.redis_client import COMMAND_TIMEOUT, RedisClient, connect, redact
+from recallq.redis_client import (
+    COMMAND_TIMEOUT,
+    LOST,
+    RedisClient,
+    connect,
+    is_transient,
+    reason_of,
+    redact,
+)
 from recallq_worker.backends.base import Hit, Record
 from recallq_worker.backends.redis import scripts
 from recallq_worker.ranking import Ranking
@@ -139,13 +147,15 @@ class RedisStore:
             pipe = self._redis.pipeline(transaction=False)
             for keys, args in calls:
                 pipe.evalsha(self._add.sha, len(keys), *keys, *args)
-            try:
-                return list(await pipe.execute())
-            except exceptions.NoScriptError:
-                # The server was restarted. Adding again what had been added changes nothing.
-                if not first_try:
-                    raise
-                await self._redis.script_load(scripts.ADD)
+            # Not raised by the pipeline, which would quote the command: ids, and what users said.
+            replies = await pipe.execute(raise_on_error=False)
+            error = next((each for each in replies if isinstance(each, Exception)), None)
+            if error is None:
+                return list(replies)
+            if not (first_try and isinstance(error, exceptions.NoScriptError)):
+                raise error
+            # The server was restarted. Adding again what had been added changes nothing.
+            await self._redis.script_load(scripts.ADD)
         raise AssertionError("unreachable")
 
     # --- read -----------------------------------------------------------------------------------
@@ -240,18 +250,6 @@ class RedisStore:
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT):
                 return await reply
-        except exceptions.AuthenticationError as error:  # to redis-py a connection error
-            raise BackendError(f"Redis at {redact(self._url)}: {error}") from error
-        except (
-            exceptions.ConnectionError,
-            exceptions.TimeoutError,
-            exceptions.BusyLoadingError,
-            exceptions.ReadOnlyError,
-            exceptions.OutOfMemoryError,
-            exceptions.TryAgainError,
-            OSError,
-        ) as error:
-            reason = str(error) or type(error).__name__
-            raise BackendUnavailable(f"Redis at {redact(self._url)}: {reason}") from error
-        except exceptions.RedisError as error:
-            raise BackendError(f"Redis at {redact(self._url)}: {error}") from error
+        except LOST as error:
+            kind = BackendUnavailable if is_transient(error) else BackendError
+            raise kind(f"Redis at {redact(self._url)}: {reason_of(error)}") from error

@@ -1,0 +1,182 @@
+"""``recallq dead list | show | replay | purge``: what to do about writes that failed for good."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Optional
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from recallq.cli.connection import UrlOption, connect_existing
+from recallq.cli.memory import (
+    JsonOption,
+    SessionOption,
+    TenantOption,
+    count,
+    print_json,
+    printable,
+)
+from recallq.cli.runner import fail, run
+from recallq.client import MemoryClient
+from recallq.dead_letters import DeadLetter
+from recallq.errors import InvalidInput, UnknownJob
+
+app = typer.Typer(help="Jobs that failed for good: look at them, replay or purge them.")
+
+IdsArgument = Annotated[Optional[list[str]], typer.Argument(help="Ids.", show_default=False)]
+UserOption = Annotated[Optional[str], typer.Option("--user", "-u", help="Those of a user.")]
+AllOption = Annotated[bool, typer.Option("--all", help="All of them, of all tenants.")]
+OlderOption = Annotated[
+    Optional[float], typer.Option("--older-than", min=0, help="Those that died so many days ago.")
+]
+
+
+@app.command("list")
+def list_(
+    user: UserOption = None,
+    session: SessionOption = None,
+    older_than: OlderOption = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Most lines.")] = 50,
+    tenant: TenantOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List dead letters, oldest first."""
+
+    async def work() -> None:
+        async with connect_existing(url, tenant=tenant) as client:
+            letters = await client.dead_letters.list(
+                user, session, before=_before(older_than), limit=limit
+            )
+            total = await client.dead_letters.count()
+        if as_json:
+            print_json([_summary(letter) for letter in letters])
+            return
+        if not letters:
+            print("no dead letters" if total == 0 else f"none of these; {total:,} in all")
+            return
+        _print_table(letters)
+        if len(letters) < total:
+            print(f"{len(letters):,} of {total:,}; 'recallq dead show ID' shows one")
+
+    run(work())
+
+
+@app.command()
+def show(
+    letter_id: Annotated[str, typer.Argument(metavar="ID", help="Id.", show_default=False)],
+    url: UrlOption = None,
+) -> None:
+    """Show all of a dead letter, as JSON: the job with its messages, the error, the history."""
+
+    async def work() -> None:
+        async with connect_existing(url) as client:
+            letter = await client.dead_letters.get(letter_id)
+        shown = orjson.dumps(letter.model_dump(mode="json"), option=orjson.OPT_INDENT_2)
+        sys.stdout.write(shown.decode() + "\n")
+
+    run(work())
+
+
+@app.command()
+def replay(
+    ids: IdsArgument = None,
+    user: UserOption = None,
+    session: SessionOption = None,
+    older_than: OlderOption = None,
+    every: AllOption = False,
+    tenant: TenantOption = None,
+    url: UrlOption = None,
+) -> None:
+    """Submit dead jobs again, as old as they are: they keep their place, and nothing is stored
+    twice."""
+
+    async def again(client: MemoryClient, letter: DeadLetter) -> bool:
+        handle = await client.dead_letters.replay(letter)
+        print(f"{letter.id} runs again as {handle.id}")
+        return True
+
+    done = run(_for_each(again, ids, user, session, older_than, every, tenant, url))
+    print(f"replayed {count(done, 'dead letter')}")
+
+
+@app.command()
+def purge(
+    ids: IdsArgument = None,
+    user: UserOption = None,
+    session: SessionOption = None,
+    older_than: OlderOption = None,
+    every: AllOption = False,
+    tenant: TenantOption = None,
+    url: UrlOption = None,
+) -> None:
+    """Forget dead jobs for good, with what users said in them."""
+
+    async def forget(client: MemoryClient, letter: DeadLetter) -> bool:
+        return await client.dead_letters.purge(letter)
+
+    done = run(_for_each(forget, ids, user, session, older_than, every, tenant, url))
+    print(f"purged {count(done, 'dead letter')}")
+
+
+async def _for_each(
+    work: Callable[[MemoryClient, DeadLetter], Awaitable[bool]],
+    ids: list[str] | None,
+    user: str | None,
+    session: str | None,
+    older_than: float | None,
+    every: bool,
+    tenant: str | None,
+    url: str | None,
+) -> int:
+    """Does `work` for the letters that the options name; returns for how many it was done."""
+    chosen = user is not None or older_than is not None
+    if bool(ids) + chosen + every != 1:
+        fail("say which: ids, or --user and --older-than, or --all", code=2)
+    done = 0
+    async with connect_existing(url, tenant=tenant) as client:
+        letters = client.dead_letters
+        if ids:
+            found = [await letters.get(letter_id) for letter_id in ids]  # all, before any is done
+        else:
+            found = await letters.list(user, session, before=_before(older_than))
+        for letter in found:
+            try:
+                done += await work(client, letter)
+            except (InvalidInput, UnknownJob) as error:  # of this one; the others go on
+                print(f"recallq: {error}", file=sys.stderr)
+    return done
+
+
+def _before(days: float | None) -> datetime | None:
+    return None if days is None else datetime.now(UTC) - timedelta(days=days)
+
+
+def _summary(letter: DeadLetter) -> dict[str, Any]:
+    """A letter without what the user said."""
+    return letter.model_dump(mode="json", exclude={"job", "payload", "epochs"})
+
+
+def _print_table(letters: list[DeadLetter]) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("died (UTC)", style="dim", no_wrap=True)
+    table.add_column("id", no_wrap=True, overflow="fold")
+    table.add_column("what", no_wrap=True)
+    table.add_column("user", no_wrap=True, max_width=20, overflow="ellipsis")
+    table.add_column("runs", justify="right")
+    table.add_column("error", overflow="fold")
+    for letter in letters:
+        table.add_row(
+            f"{letter.died_at:%Y-%m-%d %H:%M:%S}",
+            letter.id,
+            letter.operation.value if letter.operation else letter.kind,
+            printable(letter.scope.user_id) if letter.scope else "",
+            str(letter.attempts),
+            printable(f"{letter.code}: {letter.error}"),
+        )
+    Console(highlight=False, markup=False).print(table)
