@@ -19,6 +19,7 @@ from recallq.contract import (
     DeleteResult,
     Health,
     Hit,
+    JobRef,
     JobState,
     Lane,
     Operation,
@@ -366,7 +367,7 @@ class MemoryClient:
                 assert draft.outcome is not None  # wait=True
                 outcome = await draft.outcome
         except TimeoutError:
-            hint = await self._why_no_answer(request.lane)
+            hint = await self._why_no_answer(request.lane, request.job.id)
             raise JobTimeout(
                 f"no answer to {request.operation.value} within {timeout:g} s{hint}",
                 job_id=request.job.id or None,
@@ -403,8 +404,8 @@ class MemoryClient:
                 transport.expect(batch.id, index, draft.outcome)
         await transport.publish(batch, payload)
 
-    async def _why_no_answer(self, lane: Lane) -> str:
-        """The likeliest reason for a timeout, if it is that nobody works on the lane."""
+    async def _why_no_answer(self, lane: Lane, job_id: str) -> str:
+        """The likeliest reason for a timeout, as far as Redis tells it quickly."""
         with contextlib.suppress(RecallQError, TimeoutError):
             async with asyncio.timeout(1.0):
                 if not any(lane in worker.lanes for worker in await self.workers()):
@@ -412,6 +413,8 @@ class MemoryClient:
                         f": no worker is running for lane {lane.value}; "
                         "start one with 'recallq worker'"
                     )
+                if job_id:
+                    return await self.transport.standing(JobRef.parse(job_id))
         return ""
 
     def _ready(self) -> Requests:

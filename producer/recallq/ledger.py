@@ -181,6 +181,14 @@ class ProducerLedger:
             return None  # settled in the meantime, or not written by us
         return None if deadline is None else float(deadline)
 
+    async def trouble(self, batch_id: str, index: int) -> str | None:
+        """What the last attempt at a job that has not settled ended with, if there was one."""
+        history = cast("bytes | None", await self._redis.hget(self._keys.batch(batch_id), "h"))
+        if history is None:
+            return None
+        last: dict[str, str] = orjson.loads(history.splitlines()[-1])["errors"]
+        return last.get(str(index))
+
     async def cancel(self, batch_id: str, index: int) -> JobState | None:
         """Marks a job as cancelled, or as asked to stop if a worker has begun its batch.
 

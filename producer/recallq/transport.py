@@ -195,6 +195,19 @@ class Transport:
         async with asking(self._settings.coordination_url, "cannot look up the job"):
             return await self.ledger.deadline(ref.batch_id, ref.index)
 
+    async def standing(self, ref: JobRef) -> str:
+        """How a job that has not settled stands, as the end of a sentence about it."""
+        async with asking(self._settings.coordination_url, "cannot look up the job"):
+            entry = await self.ledger.look_up(ref.batch_id, ref.index)
+            trouble = await self.ledger.trouble(ref.batch_id, ref.index)
+        if entry is None:
+            return ""
+        if trouble is not None:
+            return f": it is to be tried again, after {trouble}"
+        if entry.state is JobState.RUNNING:
+            return ": a worker is running it"
+        return f": it is {entry.state.value}"
+
     async def workers(self) -> list[WorkerInfo]:
         """The workers that have given a sign of life of late."""
         async with asking(self._settings.coordination_url, "cannot look for workers"):

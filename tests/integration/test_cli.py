@@ -269,6 +269,53 @@ class TestDoctor:
         assert len(warnings) == 2, checks
 
 
+class TestDead:
+    @pytest.fixture
+    def there(
+        self, redis_url: str, namespace: str, tmp_path: Path, start_worker: Callable[..., Worker]
+    ) -> Shell:
+        """A worker that refuses what it is told to, in a namespace of the test's own."""
+        start_worker(backend="slow_redis")
+        return Shell(tmp_path, RECALLQ_REDIS_URL=redis_url, RECALLQ_NAMESPACE=namespace)
+
+    def test_listed_shown_replayed_and_purged(
+        self, there: Shell, redis_url: str, namespace: str
+    ) -> None:
+        assert there("dead", "list").stdout == "no dead letters\n"
+        for user, text in (("ann", "refuse \x1b[31mone"), ("ann", "refuse two"), ("bob", "refuse")):
+            assert "refused, as told" in one_line(there("add", user, text, "-s", "s", code=1))
+        table = there("dead", "list").stdout
+        assert table.count("backend_error: refused, as told") == 3
+        assert "\x1b" not in table
+        assert "none of these; 3 in all" in there("dead", "list", "--user", "eve").stdout
+        first, second = json.loads(there("dead", "list", "--user", "ann", "--json").stdout)
+        assert "one" not in json.dumps(first)  # what the user said is for 'show'
+        shown = json.loads(there("dead", "show", first["id"]).stdout)
+        assert "one" in shown["job"]["messages"][0]["content"]
+        assert shown["attempts"] == 1
+        assert "no dead letter nonsense" in one_line(there("dead", "show", "nonsense", code=1))
+
+        asyncio.run(self._allow(redis_url, namespace))
+        assert "replayed 1 dead letter\n" in there("dead", "replay", first["id"]).stdout
+        assert there("dead", "purge", second["id"]).stdout == "purged 1 dead letter\n"
+        assert "replayed 1 dead letter\n" in there("dead", "replay", "--all").stdout
+        for user in ("ann", "bob"):
+            assert "refuse" in there("list", user).stdout
+        assert "two" not in there("list", "ann").stdout
+        assert there("dead", "purge", "--all").stdout == "purged 0 dead letters\n"
+
+    async def _allow(self, redis_url: str, namespace: str) -> None:
+        async with redis_at(redis_url) as redis:
+            await redis.set(f"{namespace}:allowed", 1)
+
+    def test_they_want_to_know_which(self, there: Shell) -> None:
+        for command in ("replay", "purge"):
+            for options in ((), ("--all", "--user", "u"), ("id", "--all")):
+                assert "say which" in one_line(there("dead", command, *options, code=2))
+        assert "user_id" in one_line(there("dead", "list", "--session", "s", code=1))
+        assert there("dead", "purge", "--older-than", "7").stdout == "purged 0 dead letters\n"
+
+
 def test_backends_are_listed_with_their_extras(bare: Shell) -> None:
     listed = json.loads(bare("backends", "--json").stdout)
     assert {"name": "redis", "extra": "worker", "installed": True, "provider": "recallq"} in listed

@@ -74,6 +74,8 @@ def configuration(settings: WorkerSettings) -> dict[str, Any]:
             "visibility_timeout": settings.visibility_timeout,
             # One Redis list per queue instead of four: BRPOP reads them all.
             "priority_steps": [0],
+            # Lanes in their order: who waits for an answer goes before who ingests.
+            "queue_order_strategy": "priority",
             # Kombu's defaults are shared by all apps on a Redis; the shortest timeout would win.
             "unacked_key": f"{namespace}:unacked",
             "unacked_index_key": f"{namespace}:unacked_index",
