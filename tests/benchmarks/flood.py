@@ -80,7 +80,9 @@ async def _measure(url: str, namespace: str, options: argparse.Namespace) -> Non
         over.set()
         busy = await searching
         print(f"  during ingest   {_shown(busy)}")
-        print(f"  ingest          {options.jobs:,} jobs in {took:.1f} s, {options.jobs / took:,.0f}/s")
+        print(
+            f"  ingest          {options.jobs:,} jobs in {took:.1f} s, {options.jobs / took:,.0f}/s"
+        )
         ratio = quantiles(busy, n=20)[-1] / quantiles(idle, n=20)[-1]
         print(f"  p95 ratio       {ratio:.1f}")
 
@@ -93,7 +95,8 @@ def main() -> None:
     parser.add_argument("--flood", nargs=2, metavar=("URL", "NAMESPACE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.flood:
-        asyncio.run(_flood(*options.flood, options.jobs))
+        url, namespace = options.flood
+        asyncio.run(_flood(url, namespace, options.jobs))
         return
     with EmbeddedRedis() as server:
         print("one worker for both lanes")

@@ -284,6 +284,18 @@ class StoreConformance(ABC):
         found = await store.list(Scope("default", user), offset=0, limit=20)
         assert texts(found) == [f"new {n}" for n in range(5)]
 
+    async def test_what_is_submitted_again_after_a_delete_that_is_to_come_survives_it(
+        self, store: MemoryStore, user: str
+    ) -> None:
+        """The same record, as an idempotency key makes it, before the delete and after it."""
+        before = record(user, "tea", epoch=0, record_id="k1")
+        after = record(user, "tea", epoch=1, record_id="k1", order=before.order)
+        assert await store.add([before]) == [True]
+        assert await store.add([after]) == [False]
+        assert await store.add([before]) == [False]
+        assert await store.delete(Scope("default", user), before_epoch=1) == 0
+        assert texts(await store.list(Scope("default", user), offset=0, limit=9)) == ["tea"]
+
     async def test_what_was_submitted_before_a_delete_is_not_stored_after_it(
         self, store: MemoryStore, user: str
     ) -> None:

@@ -27,8 +27,9 @@ local function settle(batch, held, delayed, outstanding, id, queued)
     redis.call('ZREM', held, id)
     redis.call('ZREM', delayed, id)
     redis.call('ZREM', queued .. lane, id)
-    local left = jobs - (gone or 0)
-    if redis.call('HINCRBY', outstanding, lane, -left) <= 0 then
+    -- As text: Lua would make "-0" of none, which Redis does not take for a number.
+    local left = string.format('%d', (gone or 0) - jobs)
+    if redis.call('HINCRBY', outstanding, lane, left) <= 0 then
       redis.call('HDEL', outstanding, lane)
     end
   end

@@ -112,7 +112,16 @@ class Runtime:
         log.error("undecodable message: %s; kept as a dead letter", error)
         self.submit(self._keep_undecodable(payload, error, batch_id or "")).result()
 
-    async def _keep_undecodable(self, payload: str, error: str, batch_id: str) -> None:
+    def bury(self, raw: bytes, reason: str, batch_id: str | None) -> bool:
+        """The same for what came on a queue and is no task, and its bytes.
+
+        Returns whether the ledger has a batch of that id, which somebody waits for.
+        """
+        text = raw.decode(errors="backslashreplace")
+        log.error("undecodable message: %s; kept as a dead letter", reason)
+        return self.submit(self._keep_undecodable(text, reason, batch_id or "")).result()
+
+    async def _keep_undecodable(self, payload: str, error: str, batch_id: str) -> bool:
         services = self.services
         entry = await insistently(lambda: services.ledger.entry(batch_id))
         lane, epochs = entry or (None, [])
@@ -121,6 +130,7 @@ class Runtime:
                 payload, error, at=services.clock.now(), lane=lane, epochs=epochs
             )
         )
+        return entry is not None
 
     def _serve(self) -> None:
         with asyncio.Runner(loop_factory=self._loop_factory) as runner:

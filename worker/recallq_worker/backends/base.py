@@ -68,7 +68,8 @@ class MemoryStore(Protocol):
     async def add(self, records: Sequence[Record]) -> list[bool]:
         """Stores records of any users; says of each whether it was new.
 
-        A record whose id is stored already stays as it is. One that a delete has fenced off (its
+        A record whose id is stored already stays as it is, but for its epoch, which becomes the
+        later of the two: a delete between them leaves it. One that a delete has fenced off (its
         epoch is below the scope's fence) is not stored. All or some are stored when it raises.
         """
         ...

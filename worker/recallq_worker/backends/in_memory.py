@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from recallq.contract import Health, Scope
@@ -77,7 +77,12 @@ class InMemoryStore:
         scope = record.scope
         session_id = scope.session_id or ""
         user = self._users.setdefault((scope.tenant, scope.user_id), _User())
-        if record.record_id in user.records or user.fenced(session_id, record.epoch):
+        if (before := user.records.get(record.record_id)) is not None:
+            if before.epoch < record.epoch:
+                # Submitted once more, under the same key, after a delete that is yet to come.
+                user.records[record.record_id] = replace(before, epoch=record.epoch)
+            return False
+        if user.fenced(session_id, record.epoch):
             return False
         place = (record.order, record.record_id)
         user.records[record.record_id] = record

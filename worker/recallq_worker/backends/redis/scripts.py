@@ -28,17 +28,23 @@ end
 local stored, touched = {}, {}
 for at = 6 + 2 * count, #ARGV, 5 do
   local i, id, order = tonumber(ARGV[at]), ARGV[at + 1], ARGV[at + 2]
-  if tonumber(ARGV[at + 3]) >= fences[i]
-     and redis.call('HEXISTS', KEYS[1], id) == 0 then
+  local epoch, flag = tonumber(ARGV[at + 3]), '0'
+  local value = redis.call('HGET', KEYS[1], id)
+  if epoch >= fences[i] and not value then
     -- The record last: should a command be refused, adding it again finds it missing.
     redis.call('ZADD', KEYS[2], order, id)
     redis.call('ZADD', KEYS[4 + i], order, id)
     redis.call('HSET', KEYS[1], id, ARGV[at + 4])
     touched[i] = true
-    stored[#stored + 1] = '1'
-  else
-    stored[#stored + 1] = '0'
+    flag = '1'
+  elseif value then
+    -- Submitted once more, under the same key, after a delete that is yet to come: it stays.
+    local before, rest = string.match(value, '^%[(%d+)(.*)$')
+    if before and tonumber(before) < epoch then
+      redis.call('HSET', KEYS[1], id, '[' .. ARGV[at + 3] .. rest)
+    end
   end
+  stored[#stored + 1] = flag
 end
 for i in pairs(touched) do
   redis.call('HSET', KEYS[3], ARGV[4 + 2 * i], ARGV[5 + 2 * i])
