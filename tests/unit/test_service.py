@@ -682,3 +682,177 @@ async def test_the_service_knows_all_operations(store: Counting) -> None:
         assert outcome.state is JobState.SUCCEEDED
     assert [call for call, _ in store.calls] == ["add", "list", "search", "delete"]
     assert {batch.operation for batch in batches} == set(Operation) - {Operation.HEALTH}
+
+
+# --- trying again -------------------------------------------------------------------------------
+
+PATIENT = RetryPolicy(attempts=3, base=0.001, cap=0.001)
+
+
+def unavailable(times: int, *, retry_after: float | None = None) -> Callable[[], Awaitable[None]]:
+    """Trouble that passes."""
+    left = itertools.count()
+
+    async def trouble() -> None:
+        if next(left) < times:
+            raise BackendUnavailable("not now", retry_after=retry_after)
+
+    return trouble
+
+
+async def test_adds_that_fail_in_passing_are_left_open_without_a_second_call(
+    store: Counting,
+) -> None:
+    store.trouble["eve"] = unavailable(1)
+    batch = adds(add("a", user="eve"), add("b"))
+    service, result = serve(store, retries=PATIENT), BatchResult()
+    left = await service.run(batch, Claim([]), result, Nobody())
+    assert left is not None
+    assert set(left.errors) == {0, 1}
+    assert result.outcomes == [None, None]
+    assert len(store.calls) == 1
+    # The next time one by one, so that whoever is in trouble is alone with it.
+    left = await service.run(batch, Claim([], attempts=1), result, Nobody())
+    assert left is None
+    assert [call for call, _ in store.calls] == ["add"] * 3
+    assert states([outcome for outcome in result.outcomes if outcome]) == ["succeeded"] * 2
+
+
+async def test_only_what_is_open_runs_again(store: Counting) -> None:
+    store.trouble["eve"] = unavailable(1)
+    batch = searches(searching("tea", user="eve"), searching("tea"))
+    service, result = serve(store, retries=PATIENT), BatchResult()
+    left = await service.run(batch, Claim([]), result, Nobody())
+    assert left is not None
+    assert set(left.errors) == {0}
+    assert result.outcomes[1] is not None
+    calls = len(store.calls)
+    assert await service.run(batch, Claim([], attempts=1), result, Nobody()) is None
+    assert store.calls[calls:] == [("search", ("eve",))]
+
+
+async def test_the_longest_wait_counts_for_all_but_those_whose_time_is_over(
+    store: Counting,
+) -> None:
+    store.trouble |= {
+        "ann": unavailable(9, retry_after=5),
+        "bob": unavailable(9, retry_after=60),
+        "cid": unavailable(9),
+    }
+    batch = lists(listing("ann"), listing("bob"), listing("cid", deadline=NOW + 30))
+    service, result = serve(store, retries=PATIENT), BatchResult()
+    left = await service.run(batch, Claim([]), result, Nobody())
+    assert left is not None
+    assert 60 <= left.delay < 61
+    assert set(left.errors) == {0, 1}
+    assert result.outcomes[2] is not None
+    assert code_of(result.outcomes[2]) == "backend_unavailable"
+
+
+async def test_a_dead_write_is_kept_before_it_counts_as_settled(store: Counting) -> None:
+    class Keeper(Nobody):
+        async def dead(self, index: int, error: JobError) -> bool:
+            assert result.outcomes[index] is None
+            return await super().dead(index, error) or index == 0
+
+    store.trouble["eve"] = unavailable(9)
+    result, keeper = BatchResult(), Keeper()
+    batch = adds(add("a", user="eve"), add("b", user="eve"), add("c"))
+    assert await serve(store).run(batch, Claim([]), result, keeper) is None
+    assert sorted(keeper.buried) == [0, 1]
+    assert states([outcome for outcome in result.outcomes if outcome]) == [
+        "dead", "failed", "succeeded"
+    ]  # fmt: skip
+
+
+async def test_a_dead_read_is_not_kept(store: Counting) -> None:
+    store.trouble["ann"] = unavailable(9)
+    keeper, result = Nobody(), BatchResult()
+    await serve(store).run(lists(listing()), Claim([]), result, keeper)
+    assert keeper.buried == []
+
+
+async def test_a_delete_takes_dead_letters_along_first(store: Counting) -> None:
+    store.trouble["ann"] = unavailable(9)
+    observer = Nobody()
+    await serve(store).run(deletes(deleting(session="s")), Claim([7]), BatchResult(), observer)
+    assert observer.forgot == [(Scope("default", "ann", "s"), 7)]
+
+
+# --- one job at a time --------------------------------------------------------------------------
+
+
+async def test_a_batch_of_which_a_worker_died_runs_one_job_at_a_time(store: Counting) -> None:
+    observer, result = Nobody(), BatchResult()
+    batch = adds(add("a"), add("b", deadline=NOW - 1), add("c"))
+    await serve(store).run(batch, Claim([], deliveries=2), result, observer)
+    assert observer.ran_alone == [0, 2, None]
+    assert store.calls == [("add", ("ann",))] * 2
+
+
+async def test_the_job_that_took_its_workers_along_is_given_up(store: Counting) -> None:
+    keeper, result = Nobody(), BatchResult()
+    batch = adds(add("a"), add("b"), add("c"))
+    claim = Claim([], deliveries=4, deaths={1: 2, 2: 1})
+    await serve(store).run(batch, claim, result, keeper)
+    assert keeper.buried == [1]
+    assert keeper.ran_alone == [0, 2, None]
+    [_, lost, _] = result.outcomes
+    assert lost is not None
+    assert code_of(lost) == "worker_lost"
+
+
+# --- asking to stop -----------------------------------------------------------------------------
+
+
+async def test_a_job_that_is_asked_to_stop_leaves_its_mates_alone(store: Counting) -> None:
+    store.trouble["eve"] = hang
+    batch = searches(searching("tea", user="eve"), searching("tea"))
+    service, result = serve(store), BatchResult()
+    running = asyncio.create_task(service.run(batch, Claim([]), result, Nobody()))
+    await eventually(lambda: _is(len(store.calls) == 2))
+    service.stop(batch.id, [0])
+    service.stop("another", [0])
+    assert await running is None
+    assert states([outcome for outcome in result.outcomes if outcome]) == [
+        "cancelled", "succeeded"
+    ]  # fmt: skip
+
+
+async def test_adds_that_are_stored_together_stop_together_or_not_at_all(store: Counting) -> None:
+    store.trouble["eve"] = hang
+    batch = adds(add("a", user="eve"), add("b"))
+    service, result = serve(store), BatchResult()
+    running = asyncio.create_task(service.run(batch, Claim([]), result, Nobody()))
+    await eventually(lambda: _is(bool(store.calls)))
+    service.stop(batch.id, [1])
+    await asyncio.sleep(0.05)
+    assert not running.done()
+    service.stop(batch.id, [0])
+    assert await running is None
+    assert states([outcome for outcome in result.outcomes if outcome]) == ["cancelled"] * 2
+
+
+async def test_a_job_that_waits_for_its_turn_can_be_stopped_too(store: Counting) -> None:
+    store.trouble["eve"] = hang
+    batch = searches(searching("tea", user="eve"), searching("tea"))
+    service, result = serve(store, parallel_jobs=1), BatchResult()
+    running = asyncio.create_task(service.run(batch, Claim([]), result, Nobody()))
+    await eventually(lambda: _is(bool(store.calls)))
+    service.stop(batch.id, [1])
+    service.stop(batch.id, [0])
+    await running
+    assert states([outcome for outcome in result.outcomes if outcome]) == ["cancelled"] * 2
+    assert len(store.calls) == 1
+
+
+async def test_stopping_the_worker_is_not_taken_for_stopping_a_job(store: Counting) -> None:
+    store.trouble["eve"] = hang
+    batch = searches(searching("tea", user="eve"))
+    service, result = serve(store), BatchResult()
+    running = asyncio.create_task(service.run(batch, Claim([]), result, Nobody()))
+    await eventually(lambda: _is(bool(store.calls)))
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert result.outcomes == [None]
