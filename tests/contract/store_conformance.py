@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recallq.contract import Scope
-from recallq_worker.backends.base import MemoryStore, Record
+from recallq_worker.backends.base import Added, MemoryStore, Record
+
+NEW, KNOWN, FENCED = Added.NEW, Added.KNOWN, Added.FENCED
 
 _numbers = itertools.count(1)
 
@@ -73,7 +75,7 @@ class StoreConformance(ABC):
         added = record(
             user, message={"role": "tool", "content": None, "x": {"deep": [1, None, "é"]}}
         )
-        assert await store.add([added]) == [True]
+        assert await store.add([added]) == [NEW]
         assert await store.list(Scope("default", user), offset=0, limit=10) == [added]
 
     async def test_a_record_is_stored_once_however_often_it_is_added(
@@ -81,14 +83,14 @@ class StoreConformance(ABC):
     ) -> None:
         first = record(user, "original", record_id="same")
         again = record(user, "changed", record_id="same")
-        assert await store.add([first]) == [True]
-        assert await store.add([again, record(user, "other")]) == [False, True]
+        assert await store.add([first]) == [NEW]
+        assert await store.add([again, record(user, "other")]) == [KNOWN, NEW]
         found = await store.list(Scope("default", user), offset=0, limit=10)
         assert texts(found) == ["original", "other"]
 
     async def test_the_same_record_twice_in_one_call(self, store: MemoryStore, user: str) -> None:
         once = record(user)
-        assert await store.add([once, once]) == [True, False]
+        assert await store.add([once, once]) == [NEW, KNOWN]
         assert len(await store.list(Scope("default", user), offset=0, limit=10)) == 1
 
     async def test_nothing_to_add(self, store: MemoryStore) -> None:
@@ -127,7 +129,7 @@ class StoreConformance(ABC):
     async def test_one_call_for_many_users(self, store: MemoryStore, user: str) -> None:
         users = [f"{user}-{number}" for number in range(50)]
         records = [record(each, f"of {each}") for each in users]
-        assert await store.add(records) == [True] * 50
+        assert await store.add(records) == [NEW] * 50
         for each in users:
             found = await store.list(Scope("default", each), offset=0, limit=9)
             assert texts(found) == [f"of {each}"]
@@ -290,9 +292,9 @@ class StoreConformance(ABC):
         """The same record, as an idempotency key makes it, before the delete and after it."""
         before = record(user, "tea", epoch=0, record_id="k1")
         after = record(user, "tea", epoch=1, record_id="k1", order=before.order)
-        assert await store.add([before]) == [True]
-        assert await store.add([after]) == [False]
-        assert await store.add([before]) == [False]
+        assert await store.add([before]) == [NEW]
+        assert await store.add([after]) == [KNOWN]
+        assert await store.add([before]) == [KNOWN]
         assert await store.delete(Scope("default", user), before_epoch=1) == 0
         assert texts(await store.list(Scope("default", user), offset=0, limit=9)) == ["tea"]
 
@@ -302,18 +304,18 @@ class StoreConformance(ABC):
         scope = Scope("default", user)
         await store.delete(Scope("default", user, "s"), before_epoch=1)
         late, elsewhere = record(user, "late"), record(user, "elsewhere", session="t")
-        assert await store.add([late, elsewhere]) == [False, True]
+        assert await store.add([late, elsewhere]) == [FENCED, NEW]
         await store.delete(scope, before_epoch=2)
-        assert await store.add([late, elsewhere, record(user, epoch=1)]) == [False] * 3
+        assert await store.add([late, elsewhere, record(user, epoch=1)]) == [FENCED] * 3
         assert await store.list(scope, offset=0, limit=9) == []
-        assert await store.add([record(user, "fresh", epoch=2)]) == [True]
+        assert await store.add([record(user, "fresh", epoch=2)]) == [NEW]
 
     async def test_an_older_delete_that_comes_late_keeps_the_newer_fence(
         self, store: MemoryStore, user: str
     ) -> None:
         await store.delete(Scope("default", user), before_epoch=5)
         await store.delete(Scope("default", user), before_epoch=3)
-        assert await store.add([record(user, epoch=4)]) == [False]
+        assert await store.add([record(user, epoch=4)]) == [FENCED]
 
     # --- isolation ------------------------------------------------------------------------------
 
@@ -350,7 +352,7 @@ class StoreConformance(ABC):
         epoch = next(_numbers)
         mine = record(first[1], "tea mine", tenant=first[0], session=first[2], epoch=epoch)
         theirs = record(second[1], "tea theirs", tenant=second[0], session=second[2], epoch=epoch)
-        assert await store.add([mine, theirs]) == [True, True]
+        assert await store.add([mine, theirs]) == [NEW, NEW]
         found = await store.list(Scope(*first), offset=0, limit=1000)
         assert mine in found
         assert theirs not in found

@@ -11,7 +11,7 @@ import pytest
 from recallq.contract import Scope
 from recallq.embedded import EmbeddedRedis
 from recallq.errors import BackendError, BackendUnavailable
-from recallq_worker.backends.base import Record
+from recallq_worker.backends.base import Added, Record
 from recallq_worker.backends.redis import RedisStore
 from tests.contract.store_conformance import StoreConformance, record, texts
 from tests.support import eventually, redis_at
@@ -169,7 +169,7 @@ class TestRedisStore(StoreConformance):
         async with opened(RedisStore(redis_url, namespace=namespace)) as store:
             async with redis_at(redis_url) as redis:
                 await redis.script_flush()
-            assert await store.add([record(user)]) == [True]
+            assert await store.add([record(user)]) == [Added.NEW]
 
     async def test_says_where_it_failed_and_never_the_password(self, namespace: str) -> None:
         with EmbeddedRedis() as server:

@@ -22,7 +22,7 @@ from typing import ClassVar
 from recallq.contract import Scope
 from recallq.errors import BackendError, BackendUnavailable
 from recallq.messages import message_text
-from recallq_worker.backends.base import Hit, Record
+from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.in_memory import InMemoryStore
 from recallq_worker.backends.redis import RedisStore
 
@@ -33,7 +33,7 @@ class ObedientStore(InMemoryStore):
     name: ClassVar[str] = "obedient"
     single_process: ClassVar[bool] = False
 
-    async def add(self, records: Sequence[Record]) -> list[bool]:
+    async def add(self, records: Sequence[Record]) -> list[Added]:
         for record in records:
             await _obey(message_text(record.message))
         return await super().add(records)
@@ -48,7 +48,7 @@ class ObedientStore(InMemoryStore):
 class SlowRedisStore(RedisStore):
     name: ClassVar[str] = "slow_redis"
 
-    async def add(self, records: Sequence[Record]) -> list[bool]:
+    async def add(self, records: Sequence[Record]) -> list[Added]:
         await self._redis.incr(f"{self._keys.namespace}:calls")
         allowed = await self._redis.exists(f"{self._keys.namespace}:allowed")
         for record in records:

@@ -20,9 +20,11 @@ from kombu.entity import Exchange, Queue
 
 from recallq.contract import Lane
 from recallq.errors import RecallQError
-from recallq_worker import runtime, tasks
+from recallq.redis_client import COMMAND_TIMEOUT
+from recallq_worker import broker, consumer, runtime, tasks
 from recallq_worker import settings as worker_settings
 from recallq_worker.settings import WorkerSettings
+from recallq_worker.stopping import StopDeadline
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +33,12 @@ READY_PROMPT = "recallq worker ready"
 
 def make_app(settings: WorkerSettings) -> Celery:
     """The app for one set of settings. Connects to nothing."""
+    broker.install()
+    consumer.quieten()
     app = Celery("recallq_worker", set_as_current=True)
     app.conf.update(configuration(settings))
     tasks.register(app)
-    app.steps["worker"].add(RuntimeStep)
+    app.steps["worker"].update((RuntimeStep, StopDeadline))
     return app
 
 
@@ -63,9 +67,13 @@ def configuration(settings: WorkerSettings) -> dict[str, Any]:
         # Threads only wait for the process's loop; more processes would be more backends.
         "worker_pool": "threads",
         "worker_concurrency": settings.concurrency,
-        "worker_enable_prefetch_count_reduction": True,
+        "worker_consumer": "recallq_worker.consumer:Consumer",
+        # It counts what a new connection adopts from the old one, so nothing is to be reduced.
+        "worker_enable_prefetch_count_reduction": False,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "broker_connection_retry_on_startup": True,
+        # A Redis that is full or read-only for a while is no reason to end.
+        "broker_channel_error_retry": True,
         "broker_pool_limit": 4,
         "task_queues": [_queue(lane.queue(namespace)) for lane in Lane],
         "task_default_queue": Lane.LIVE.queue(namespace),
@@ -82,7 +90,10 @@ def configuration(settings: WorkerSettings) -> dict[str, Any]:
             "unacked_mutex_key": f"{namespace}:unacked_mutex",
             "unacked_restore_interval": 5,
             "unacked_restore_throttle": 1,
+            # A worker that dies while it looks for messages keeps others from it for so long.
+            "unacked_mutex_expire": 30,
             "socket_connect_timeout": settings.connect_timeout,
+            "socket_timeout": COMMAND_TIMEOUT,
             "socket_keepalive": True,
             "health_check_interval": 30,
         },

@@ -26,9 +26,9 @@ from recallq.keys import Keys
 from recallq.ledger import NOW, ProducerLedger, indexes
 from recallq.redis_client import RedisClient
 
-LEASE = 6.0
+LEASE = 5.0
 """Seconds for which a worker that is silent keeps the batches it runs."""
-RENEW_EVERY = 2.0
+RENEW_EVERY = 1.5
 LOST_AFTER = 5.0
 """Seconds after which a message that left its queue, and that nobody has begun, counts as lost."""
 

@@ -16,6 +16,7 @@ from redis import Redis
 
 from recallq.contract import client_of, fields_of
 from recallq.keys import Keys
+from recallq.redis_client import LOST
 from recallq_worker import settings as worker_settings
 
 # KEYS: batch, held, delayed, outstanding. ARGV: batch id, prefix of the queued sets.
@@ -70,6 +71,11 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
         self._coordination: Redis | None = None
         if settings.coordination_url != settings.result_url:
             self._coordination = Redis.from_url(settings.coordination_url)
+
+    def exception_safe_to_retry(self, exc: Exception) -> bool:
+        # Celery takes only a lost connection for passing. A Redis that is full or read-only for a
+        # while says so in a reply, and a result that is not stored is a batch that never settles.
+        return isinstance(exc, LOST)
 
     def encode(self, data: Any) -> bytes:
         return orjson.dumps(data, default=fields_of)

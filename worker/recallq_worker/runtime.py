@@ -112,6 +112,10 @@ class Runtime:
         log.error("undecodable message: %s; kept as a dead letter", error)
         self.submit(self._keep_undecodable(payload, error, batch_id or "")).result()
 
+    def hand_back(self) -> None:
+        """Hands the batches that run here back to their queues; others run them. Does not wait."""
+        self.submit(self.services.runner.stop())
+
     def bury(self, raw: bytes, reason: str, batch_id: str | None) -> bool:
         """The same for what came on a queue and is no task, and its bytes.
 

@@ -41,7 +41,7 @@ from recallq.errors import (
     WorkerLost,
     WrongBackend,
 )
-from recallq_worker.backends.base import MemoryStore, Record
+from recallq_worker.backends.base import Added, MemoryStore, Record
 from recallq_worker.ledger import Claim
 from recallq_worker.retries import RetryPolicy
 
@@ -49,8 +49,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_DEATHS = 2
-"""Workers that a job may take with it, running alone, before it is given up."""
+_DEATHS = 3
+"""Workers that a job may take with it, running alone, before it is given up: one may be chance, as
+when a machine is shut down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ class MemoryService:
         self._parallel_jobs = parallel_jobs
         self._retries = retries
         self._runs: dict[str, _Run] = {}
+        self._suspects = asyncio.Lock()
 
     async def run(
         self, batch: AnyBatch, claim: Claim, result: BatchResult, observer: Observer
@@ -137,7 +139,9 @@ class MemoryService:
                 if result.outcomes[index] is None and not await self._refused(run, index, job):
                     runnable.append(index)
             if claim.deliveries > 1:
-                await self._one_at_a_time(run, runnable)
+                # One such batch at a time: the culprit may be in another of them.
+                async with self._suspects:
+                    await self._one_at_a_time(run, runnable)
             elif isinstance(batch, AddBatch) and claim.attempts == 0:
                 await self._add_together(run, batch.jobs, runnable)
             else:
@@ -245,7 +249,7 @@ class MemoryService:
         twice."""
         records = {index: _records(jobs[index], run.epoch(index)) for index in runnable}
         everything = [record for each in records.values() for record in each]
-        together: list[bool] | JobError = []
+        together: list[Added] | JobError = []
         if everything:
             together = await self._watched(
                 run, runnable, lambda: self._guarded(lambda: self._store.add(everything))
@@ -262,7 +266,8 @@ class MemoryService:
         start = 0
         for index in runnable:
             mine = records[index]
-            run.result.outcomes[index] = _added(mine, together[start : start + len(mine)])
+            added = together[start : start + len(mine)]
+            run.result.outcomes[index] = _added(jobs[index], mine, added)
             start += len(mine)
 
     # --- job by job -----------------------------------------------------------------------------
@@ -321,7 +326,7 @@ class MemoryService:
         match job:
             case AddJob():
                 records = _records(job, epoch)
-                return _added(records, await self._store.add(records))
+                return _added(job, records, await self._store.add(records))
             case SearchJob():
                 hits = await self._store.search(
                     job.scope, job.query, top_k=job.top_k, score_threshold=job.score_threshold
@@ -372,8 +377,12 @@ def _records(job: AddJob, epoch: int) -> list[Record]:
     ]
 
 
-def _added(records: Sequence[Record], new: Sequence[bool]) -> Outcome:
-    return _succeeded({"record_ids": [record.record_id for record in records], "added": sum(new)})
+def _added(job: AddJob, records: Sequence[Record], added: Sequence[Added]) -> Outcome:
+    count = added.count(Added.NEW)
+    if job.idempotency_key is None and job.origin is None:
+        # The ids are the job's own: it was this job that stored them, when it ran before.
+        count += added.count(Added.KNOWN)
+    return _succeeded({"record_ids": [record.record_id for record in records], "added": count})
 
 
 def _stored(record: Record) -> dict[str, Any]:

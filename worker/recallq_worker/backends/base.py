@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from recallq.contract import Health, Scope
@@ -31,6 +32,16 @@ class Record:
     """How many deletions its user had seen when it was submitted."""
     message: dict[str, Any]
     """A JSON object."""
+
+
+class Added(Enum):
+    """What became of a record that was to be added."""
+
+    NEW = "new"
+    KNOWN = "known"
+    """It was stored already."""
+    FENCED = "fenced"
+    """A delete that was submitted after it has been here before it: it is not stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +76,8 @@ class MemoryStore(Protocol):
         """Disconnects. Called once, also after a failed start."""
         ...
 
-    async def add(self, records: Sequence[Record]) -> list[bool]:
-        """Stores records of any users; says of each whether it was new.
+    async def add(self, records: Sequence[Record]) -> list[Added]:
+        """Stores records of any users; says what became of each.
 
         A record whose id is stored already stays as it is, but for its epoch, which becomes the
         later of the two: a delete between them leaves it. One that a delete has fenced off (its

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from recallq.contract import Health, Scope
-from recallq_worker.backends.base import Hit, Record
+from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.ranking import Ranking, chunks
 from recallq_worker.settings import WorkerSettings
 
@@ -70,10 +70,10 @@ class InMemoryStore:
     async def stop(self) -> None:
         self._users.clear()
 
-    async def add(self, records: Sequence[Record]) -> list[bool]:
+    async def add(self, records: Sequence[Record]) -> list[Added]:
         return [self._add(record) for record in records]
 
-    def _add(self, record: Record) -> bool:
+    def _add(self, record: Record) -> Added:
         scope = record.scope
         session_id = scope.session_id or ""
         user = self._users.setdefault((scope.tenant, scope.user_id), _User())
@@ -81,9 +81,9 @@ class InMemoryStore:
             if before.epoch < record.epoch:
                 # Submitted once more, under the same key, after a delete that is yet to come.
                 user.records[record.record_id] = replace(before, epoch=record.epoch)
-            return False
+            return Added.KNOWN
         if user.fenced(session_id, record.epoch):
-            return False
+            return Added.FENCED
         place = (record.order, record.record_id)
         user.records[record.record_id] = record
         insort(user.everything, place)
@@ -91,7 +91,7 @@ class InMemoryStore:
         insort(session, place)
         if self._max_messages is not None and len(session) > self._max_messages:
             user.remove(session_id, set(session[: -self._max_messages]))
-        return True
+        return Added.NEW
 
     async def search(
         self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None

@@ -15,7 +15,7 @@ Key names, as `store` passes them:
 # ARGV: TTL (ms, 0 for none), most messages of a session (0 for no limit), lowest live order key,
 #       prefix of session keys, number of sessions, (session id, key suffix) of each,
 #       then for each record: number of its session, record id, order key, epoch, value.
-# Returns "1" for each record newly stored, else "0", as one string.
+# Returns a letter for each record, as one string: new, known or fenced.
 ADD = """
 local ttl, most, cutoff, prefix = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], ARGV[4]
 local count = tonumber(ARGV[5])
@@ -28,7 +28,7 @@ end
 local stored, touched = {}, {}
 for at = 6 + 2 * count, #ARGV, 5 do
   local i, id, order = tonumber(ARGV[at]), ARGV[at + 1], ARGV[at + 2]
-  local epoch, flag = tonumber(ARGV[at + 3]), '0'
+  local epoch, flag = tonumber(ARGV[at + 3]), 'f'
   local value = redis.call('HGET', KEYS[1], id)
   if epoch >= fences[i] and not value then
     -- The record last: should a command be refused, adding it again finds it missing.
@@ -36,8 +36,9 @@ for at = 6 + 2 * count, #ARGV, 5 do
     redis.call('ZADD', KEYS[4 + i], order, id)
     redis.call('HSET', KEYS[1], id, ARGV[at + 4])
     touched[i] = true
-    flag = '1'
+    flag = 'n'
   elseif value then
+    flag = 'k'
     -- Submitted once more, under the same key, after a delete that is yet to come: it stays.
     local before, rest = string.match(value, '^%[(%d+)(.*)$')
     if before and tonumber(before) < epoch then

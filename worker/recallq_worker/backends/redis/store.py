@@ -32,7 +32,7 @@ from recallq.redis_client import (
     reason_of,
     redact,
 )
-from recallq_worker.backends.base import Hit, Record
+from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.redis import scripts
 from recallq_worker.ranking import Ranking
 from recallq_worker.settings import WorkerSettings
@@ -43,6 +43,9 @@ _FENCES_LIVE_MS = 30 * 24 * 3600 * 1000
 """How long a fence outlives its delete: longer than any add may lie in a queue."""
 _DELETE_CHUNK = 1000
 _SEARCH_CHUNK = 500
+
+_ADDED = {"n": Added.NEW, "k": Added.KNOWN, "f": Added.FENCED}
+"""What the script says of each record."""
 
 T = TypeVar("T")
 
@@ -104,7 +107,7 @@ class RedisStore:
 
     # --- add ------------------------------------------------------------------------------------
 
-    async def add(self, records: Sequence[Record]) -> list[bool]:
+    async def add(self, records: Sequence[Record]) -> list[Added]:
         users: dict[tuple[str, str], _UserAdd] = {}
         for position, record in enumerate(records):
             scope = record.scope
@@ -114,10 +117,10 @@ class RedisStore:
             user.sessions.setdefault(scope.session_id or "", len(user.sessions) + 1)
         calls = [self._add_call(tenant, user_id, user) for (tenant, user_id), user in users.items()]
         replies = await self._asking(self._add_all(calls))
-        stored = [False] * len(records)
+        stored = [Added.FENCED] * len(records)
         for user, reply in zip(users.values(), replies, strict=True):
             for position, flag in zip(user.positions, reply.decode(), strict=True):
-                stored[position] = flag == "1"
+                stored[position] = _ADDED[flag]
         return stored
 
     def _add_call(self, tenant: str, user_id: str, user: _UserAdd) -> tuple[list[str], list[Any]]:

@@ -1,0 +1,26 @@
+"""The short form of the chaos run: all kinds of faults, a few times each."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.driver import Options, run
+
+
+@pytest.mark.timeout(180)
+async def test_nothing_is_lost_doubled_misplaced_or_brought_back() -> None:
+    report = await run(
+        Options(
+            jobs=2000,
+            seed=1,
+            users=25,
+            clients=3,
+            agents=8,
+            rate=100,
+            fault_every=1.5,
+            longest_freeze=12,
+            patience=60,
+        )
+    )
+    print(report)
+    assert report.ok, report
