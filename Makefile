@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # What the tests take besides their own options, as in: make test ARGS='tests/unit -k batching'
 ARGS ?=
 
-.PHONY: demo test check format lock clean help
+.PHONY: demo test chaos check format lock clean help
 
 help: ## Show this.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -17,6 +17,9 @@ demo: $(READY) ## Run the main job on an embedded Redis and a real worker.
 
 test: $(READY) ## Run all tests.
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(READY) ## Break everything at random moments, and check that every promise holds.
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 check: $(READY) ## Lint, format, types, and which module may import which.
 	$(BIN)/ruff check .

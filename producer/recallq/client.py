@@ -213,10 +213,17 @@ class MemoryClient:
         *,
         timeout: float | None = None,
         lane: Lane | str | None = None,
+        idempotency_key: str | None = None,
     ) -> DeleteResult:
-        """Deletes a session, or with `session_id` None everything of the user."""
+        """Deletes a session, or with `session_id` None everything of the user.
+
+        A call with an `idempotency_key` that was used before in the same scope removes nothing that
+        was submitted after the first; keys are remembered for a week.
+        """
         requests, timeout = self._ready(), self._timeout(timeout)
-        request = requests.delete(user_id, session_id, timeout=timeout, lane=lane)
+        request = requests.delete(
+            user_id, session_id, timeout=timeout, lane=lane, idempotency_key=idempotency_key
+        )
         removed: DeleteResult = await self._call(request, timeout)
         return removed
 
@@ -312,10 +319,13 @@ class MemoryClient:
         *,
         timeout: float | None = None,
         lane: Lane | str | None = None,
+        idempotency_key: str | None = None,
     ) -> JobHandle:
         """Enqueues a delete; its handle's result is a `DeleteResult`."""
         return await self._submit(
-            self._ready().delete(user_id, session_id, timeout=timeout, lane=lane)
+            self._ready().delete(
+                user_id, session_id, timeout=timeout, lane=lane, idempotency_key=idempotency_key
+            )
         )
 
     def handle(self, job_id: str) -> JobHandle:

@@ -118,13 +118,7 @@ class AddJob(Job):
         """
         if self.idempotency_key is None:
             return f"{self.origin or self.id}-{index:05x}"
-        parts = (self.scope.tenant, self.scope.user_id, self.scope.session_id or DEFAULT_SESSION,
-                 self.idempotency_key)  # fmt: skip
-        digest = hashlib.sha256()
-        for part in parts:
-            encoded = part.encode()
-            digest.update(b"%d:%b" % (len(encoded), encoded))
-        return f"k{digest.hexdigest()[:32]}-{index:05x}"
+        return f"k{key_digest(self.scope, self.idempotency_key)}-{index:05x}"
 
 
 class SearchJob(Job):
@@ -147,11 +141,21 @@ class ListJob(Job):
 
 
 class DeleteJob(Job):
-    pass
+    idempotency_key: str | None = None
+    """Used once more, it removes nothing that was submitted after its first use."""
 
 
 class HealthJob(Job):
     pass
+
+
+def key_digest(scope: Scope, idempotency_key: str) -> str:
+    """What stands for a key in a scope: keys of different scopes never meet."""
+    digest = hashlib.sha256()
+    for part in (scope.tenant, scope.user_id, scope.session_id or DEFAULT_SESSION, idempotency_key):
+        encoded = part.encode()
+        digest.update(b"%d:%b" % (len(encoded), encoded))
+    return digest.hexdigest()[:32]
 
 
 AnyJob: TypeAlias = AddJob | SearchJob | ListJob | DeleteJob | HealthJob

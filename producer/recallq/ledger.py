@@ -29,10 +29,13 @@ from typing import cast
 
 import orjson
 
-from recallq.contract import AnyJob, Batch, JobState, Lane, Operation
+from recallq.contract import AnyJob, Batch, DeleteJob, JobState, Lane, Operation, key_digest
 from recallq.errors import QueueFull
 from recallq.keys import Keys
 from recallq.redis_client import RedisClient
+
+_KEYS_LIVE = 7 * 24 * 3600
+"""Seconds for which the idempotency key of a delete is remembered."""
 
 NOW = """
 local time = redis.call('TIME')
@@ -42,7 +45,8 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 # KEYS: batch, queued, outstanding, queue, result, then the epoch hash of each user.
 # ARGV: batch id, lane, jobs, high-water mark, operation, message, enqueue here (1/0),
-#       "1,1,2": the user of each job, "3,3,0": the jobs' epochs where they are known already.
+#       "1,1,2": the user of each job, "3,3,0": the jobs' epochs where they are known already,
+#       of deletes with idempotency keys "d1,,d3": each job's, seconds to remember these.
 # Repeating it after a lost reply is harmless: a batch that is in the ledger is not entered again,
 # nor one that was answered in the meantime, where results are kept on the same Redis.
 _PUBLISH = (
@@ -52,11 +56,16 @@ local outstanding = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0')
 if outstanding >= tonumber(ARGV[4]) then return {0, outstanding} end
 local epochs = ARGV[9]
 if epochs == '' then
-  local each = {}
+  local each, digests = {}, {}
+  for digest in string.gmatch(ARGV[10], '([^,]*),') do digests[#digests + 1] = digest end
   for user in string.gmatch(ARGV[8], '%d+') do
     local key = KEYS[5 + tonumber(user)]
     if ARGV[5] == 'delete' then
-      each[#each + 1] = redis.call('HINCRBY', key, 'n', 1)
+      local digest = digests[#each + 1] or ''
+      local known = digest ~= '' and redis.call('GET', key .. ':' .. digest)
+      local epoch = known or redis.call('HINCRBY', key, 'n', 1)
+      if digest ~= '' then redis.call('SET', key .. ':' .. digest, epoch, 'EX', ARGV[11]) end
+      each[#each + 1] = epoch
     else
       each[#each + 1] = redis.call('HGET', key, 'n') or '0'
     end
@@ -151,6 +160,8 @@ class ProducerLedger:
                 "1" if enqueue else "0",
                 ",".join(user_of_job),
                 ",".join(map(str, epochs or ())),
+                _digests(batch),
+                _KEYS_LIVE,
             ],
         )
         if not accepted:
@@ -203,6 +214,19 @@ class ProducerLedger:
         """Accepted and unsettled jobs of each lane."""
         counts = await self._redis.hgetall(self._keys.outstanding)
         return {lane: int(counts.get(lane.value.encode(), 0)) for lane in Lane}
+
+
+def _digests(batch: Batch[AnyJob]) -> str:
+    """Of deletes: ``d1,,d3,``, what stands for each job's idempotency key; else nothing."""
+    if batch.operation is not Operation.DELETE:
+        return ""
+    keys = [job.idempotency_key if isinstance(job, DeleteJob) else None for job in batch.jobs]
+    if not any(keys):
+        return ""
+    return "".join(
+        (key_digest(job.scope, key) if key else "") + ","
+        for job, key in zip(batch.jobs, keys, strict=True)
+    )
 
 
 def indexes(marks: bytes | None) -> frozenset[int]:

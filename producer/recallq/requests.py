@@ -168,12 +168,19 @@ class Requests:
         *,
         timeout: float | None,
         lane: Lane | str | None,
+        idempotency_key: str | None,
     ) -> Request:
         """To delete one session, or the whole user with `session_id` None."""
         scope = self._scope(user_id, session_id)
+        if idempotency_key is not None:
+            self._check_id("idempotency_key", idempotency_key)
         submitted_at, deadline = self._times(timeout)
         job = DeleteJob.model_construct(
-            id="", scope=scope, submitted_at=submitted_at, deadline=deadline
+            id="",
+            scope=scope,
+            submitted_at=submitted_at,
+            deadline=deadline,
+            idempotency_key=idempotency_key,
         )
         return Request(self._lane(lane), Operation.DELETE, job)
 

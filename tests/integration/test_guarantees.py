@@ -289,6 +289,29 @@ class TestDeletion:
         wanted = ["afterwards"] if session is None else ["other session", "afterwards"]
         assert await texts(client, user) == wanted
 
+    async def test_a_delete_repeated_under_its_key_spares_what_came_after_it(
+        self, client: MemoryClient, redis_url: str, start_worker: StartWorker, user: str
+    ) -> None:
+        await asyncio.to_thread(start_worker)
+        for session in ("s", "t"):
+            await client.add_memory(user, "before", session)
+        deleted = await asyncio.gather(
+            client.delete_memory(user, "s", idempotency_key="k"),
+            client.delete_memory(user, "s"),
+            client.delete_memory(user, "t", idempotency_key="k"),
+        )
+        assert sum(each.removed for each in deleted) == 2
+        await client.add_memory(user, "after", "s")
+        assert (await client.delete_memory(user, "s", idempotency_key="k")).removed == 0
+        assert await texts(client, user) == ["after"]
+        assert (await client.delete_memory(user, "s", idempotency_key="l")).removed == 1
+        async with redis_at(redis_url) as redis:
+            remembered = [
+                key async for key in redis.scan_iter(f"{client.settings.namespace}:epoch:*:*")
+            ]
+            assert len(remembered) == 3
+            assert all([await redis.ttl(key) > 0 for key in remembered])
+
     async def test_a_job_that_dies_after_a_delete_leaves_no_letter(
         self, client: MemoryClient, start_worker: StartWorker, user: str
     ) -> None:

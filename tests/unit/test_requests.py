@@ -108,7 +108,9 @@ def search(
     *,
     timeout: Any = None,
 ) -> SearchJob | None:
-    request = requests.search(user_id, messages, filters, timeout=timeout, lane=None)
+    request = requests.search(
+        user_id, messages, filters, timeout=timeout, lane=None, idempotency_key=None
+    )
     if request is None:
         return None
     assert request.operation is Operation.SEARCH
@@ -128,7 +130,7 @@ def page(
 def delete(
     requests: Requests, user_id: Any = "ann", session_id: Any = None, *, timeout: Any = None
 ) -> DeleteJob:
-    request = requests.delete(user_id, session_id, timeout=timeout, lane=None)
+    request = requests.delete(user_id, session_id, timeout=timeout, lane=None, idempotency_key=None)
     assert request.operation is Operation.DELETE
     assert isinstance(request.job, DeleteJob)
     return request.job
@@ -566,7 +568,7 @@ def test_the_uncalibrated_clock_is_the_machines(monkeypatch: pytest.MonkeyPatch)
 def lane_of(requests: Requests, lane: Any) -> Lane:
     ways = {
         requests.page("ann", None, timeout=None, lane=lane).lane,
-        requests.delete("ann", None, timeout=None, lane=lane).lane,
+        requests.delete("ann", None, timeout=None, lane=lane, idempotency_key=None).lane,
         requests.add("ann", "hi", None, timeout=None, lane=lane, idempotency_key=None).lane,
     }
     (way,) = ways
