@@ -108,9 +108,7 @@ def search(
     *,
     timeout: Any = None,
 ) -> SearchJob | None:
-    request = requests.search(
-        user_id, messages, filters, timeout=timeout, lane=None, idempotency_key=None
-    )
+    request = requests.search(user_id, messages, filters, timeout=timeout, lane=None)
     if request is None:
         return None
     assert request.operation is Operation.SEARCH
