@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from recallq import ConfigurationError, MemoryClient, MemoryServiceFactory
@@ -239,3 +241,25 @@ class TestTheFactory:
             process.terminate()
             process.wait(20)
         assert [message.text for message in found] == ["two", "three"]
+
+
+class TestSteppingBack:
+    @pytest.mark.parametrize(
+        ("lanes", "settings", "nice"),
+        [
+            ("live,bulk", {}, 0),
+            ("bulk", {}, 10),
+            ("bulk", {"nice": 3}, 3),
+            ("live", {"nice": 2}, 2),
+        ],
+    )
+    def test_who_takes_no_live_work_goes_behind_who_does(
+        self, start_worker: Callable[..., Worker], lanes: str, settings: dict[str, int], nice: int
+    ) -> None:
+        worker = start_worker(lanes=lanes, **settings)
+        mine = os.getpriority(os.PRIO_PROCESS, 0)
+        wanted = min(mine + nice, 19)
+        assert os.getpriority(os.PRIO_PROCESS, worker.pid) == wanted
+        threads = [each.id for each in psutil.Process(worker.pid).threads()]
+        found = [os.getpriority(os.PRIO_PROCESS, each) for each in threads]
+        assert found.count(wanted) >= len(found) - 1  # all but the one that waits for the stop

@@ -28,6 +28,7 @@ from recallq_worker.stopping import StopDeadline
 
 log = logging.getLogger(__name__)
 
+_STEP_BACK = 10
 READY_PROMPT = "recallq worker ready"
 
 
@@ -162,6 +163,10 @@ def _open(celery: Celery, concurrency: int) -> None:
     settings = worker_settings.current()
     queues = {lane.queue(settings.namespace): lane for lane in Lane}
     consumed = [queues[name] for name in celery.amqp.queues.consume_from if name in queues]
+    step_back = settings.nice
+    if step_back is None:
+        step_back = 0 if Lane.LIVE in consumed else _STEP_BACK
+    os.nice(step_back)  # before the threads are there, which inherit it
     runtime.start(settings, lanes=consumed, concurrency=concurrency, on_lost=_give_up)
 
 

@@ -21,6 +21,9 @@ class WorkerSettings(ClientSettings):
     """Name of the memory backend that this worker runs."""
     concurrency: int = Field(8, ge=1)
     """Batches that one worker process runs at once."""
+    nice: int | None = Field(None, ge=0, le=19)
+    """How far the process steps back for others on its machine. None means 10 for a worker that
+    does not take the live lane, so that bulk work does not delay live work beside it."""
     parallel_jobs: int = Field(100, ge=1)
     """Jobs of one batch that run at once, where the backend takes them one by one."""
     job_timeout: float = Field(30.0, gt=0)
