@@ -189,7 +189,9 @@ _BY_CODE: dict[str, type[JobError]] = {
 
 def to_wire(error: JobError) -> dict[str, Any]:
     """The JSON object that carries `error` from worker to client."""
-    wire: dict[str, Any] = {"code": error.code, "message": str(error)}
+    # A library's error may quote bytes that are no text.
+    message = str(error).encode(errors="backslashreplace").decode()
+    wire: dict[str, Any] = {"code": error.code, "message": message}
     if isinstance(error, BackendUnavailable) and error.retry_after is not None:
         wire["retry_after"] = error.retry_after
     return wire

@@ -30,6 +30,8 @@ class JobHandle:
         self._ref = JobRef.parse(job_id)
         self.id = job_id
         """Keep it to find the job again."""
+        self._asked_deadline = False
+        self._known_deadline: float | None = None
 
     def __repr__(self) -> str:
         return f"JobHandle({self.id!r})"
@@ -79,8 +81,6 @@ class JobHandle:
 
     async def _settled(self) -> Outcome:
         interval = _FIRST_POLL
-        deadline: float | None = None
-        asked = False
         while True:
             transport = self._client.transport  # raises once the client is stopped
             # Listening first and looking second: a result that comes in between is not missed.
@@ -93,12 +93,9 @@ class JobHandle:
                     return found
                 if found.state is JobState.CANCELLED:
                     return cancelled()
-                if found.state is JobState.QUEUED:
-                    # Nobody may be there to say that it has expired.
-                    if not asked:
-                        deadline, asked = await self._deadline(), True
-                    if self._is_late(deadline):
-                        return failed(JobExpired("the job's deadline passed before it was begun"))
+                # Nobody may be there to say that it has expired.
+                if found.state is JobState.QUEUED and self._is_late(await self._deadline()):
+                    return failed(JobExpired("the job's deadline passed before it was begun"))
                 await asyncio.wait([news], timeout=interval)
                 if news.done():
                     return news.result()
@@ -107,7 +104,11 @@ class JobHandle:
             interval = min(interval * 1.5, _LONGEST_POLL)
 
     async def _deadline(self) -> float | None:
-        return await self._client.transport.deadline(self._ref)
+        """The job's deadline; asked for once, for it takes reading the whole batch."""
+        if not self._asked_deadline:
+            self._known_deadline = await self._client.transport.deadline(self._ref)
+            self._asked_deadline = True
+        return self._known_deadline
 
     def _is_late(self, deadline: float | None) -> bool:
         """Whether no worker will begin a job any more, clocks being what they are."""

@@ -11,7 +11,7 @@ lease, or delayed until its next attempt. Its hash:
     s state   l lane   n jobs   e the jobs' deletion epochs   m the Celery message
     t time of publication (ms)   q, z when and how often its message was pushed again
     w worker   d deliveries since the last run that ended   a attempts that ended in trouble
-    h history: a JSON line per attempt
+    h history: a JSON line per attempt   o the jobs to be tried again: when, and how often they ran
     r the job that is run alone   k<i> how often job i was run alone and did not come to an end
     c, p indexes of the jobs that were cancelled while queued, asked to stop while running: "3,17,"
     x jobs that no longer count as outstanding

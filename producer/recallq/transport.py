@@ -243,9 +243,10 @@ class Transport:
             return None
         result = _read_result(cast("bytes", stored))
         outcome = _outcome_of(result, ref.index)
-        if outcome is None or not outcome.result or ref.index >= len(result.users):
+        is_read = ref.index < min(len(result.users), len(result.epochs))
+        if outcome is None or not outcome.result or not is_read:
             return outcome
-        # A read, whose answer tells what memories there were: not any more if some were deleted.
+        # Its answer tells what memories there were: not any more if some were deleted.
         async with asking(self._settings.coordination_url, "cannot look up the job"):
             key = self.keys.epochs_of(result.users[ref.index])
             deletions = int(await self._coordination.hget(key, "n") or 0)

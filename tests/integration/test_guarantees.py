@@ -14,8 +14,10 @@ from recallq import (
     AddResult,
     BackendError,
     BackendUnavailable,
+    InternalError,
     JobCancelled,
     JobExpired,
+    JobFailed,
     JobHandle,
     JobState,
     MemoryClient,
@@ -152,8 +154,74 @@ class TestNothingIsLost:
         assert (await handle.result(15)).added == 1
         assert time.monotonic() - began < 10
 
+    async def test_a_second_delivery_to_the_worker_that_runs_it_changes_nothing(
+        self, client: MemoryClient, redis_url: str, namespace: str, start_worker: StartWorker
+    ) -> None:
+        """The lease is kept on, far beyond its length, and nothing is run twice."""
+        await asyncio.to_thread(start_worker, backend="slow_redis", visibility_timeout=5)
+        handle = await client.submit_add("ann", "sleep 12")
+        await state(handle, JobState.RUNNING)
+        async with redis_at(redis_url) as redis:
+            message = await redis.hget(Keys(namespace).batch(JobRef.parse(handle.id).batch_id), "m")
+            assert message is not None
+            await redis.lpush(f"{namespace}.live", message)
+            assert (await handle.result(30)).added == 1
+            assert await redis.get(f"{namespace}:calls") == b"1"
+
+    async def test_what_has_settled_stays_so_while_the_rest_of_its_batch_waits_long(
+        self, client: MemoryClient, start_worker: StartWorker, user: str
+    ) -> None:
+        await asyncio.to_thread(start_worker, backend="obedient", result_expires=1)
+        first, last = await asyncio.gather(
+            client.submit_search(user, "tea"), client.submit_search(user, "fail 1 times, wait 5")
+        )
+        assert JobRef.parse(first.id).batch_id == JobRef.parse(last.id).batch_id
+        await state(first, JobState.SUCCEEDED)
+        for _ in range(30):
+            assert await first.status() is JobState.SUCCEEDED
+            await asyncio.sleep(0.1)
+        assert await first.cancel() is False
+        assert await last.result(10) == []
+
 
 class TestRetries:
+    async def test_a_batch_mates_wait_is_not_ours(
+        self, client: MemoryClient, start_worker: StartWorker, user: str
+    ) -> None:
+        await asyncio.to_thread(start_worker, backend="obedient", retry_base=0.1)
+        began = time.monotonic()
+        theirs, mine = await asyncio.gather(
+            client.submit_search("other", "fail 1 times, wait 6"),
+            client.submit_search(user, "fail 1 times", timeout=5),
+        )
+        assert JobRef.parse(theirs.id).batch_id == JobRef.parse(mine.id).batch_id
+        assert await mine.result(5) == []
+        assert time.monotonic() - began < 4
+        assert await theirs.result(15) == []
+        assert time.monotonic() - began >= 6
+
+    async def test_an_error_that_is_no_text_fails_nobody_else(
+        self, client: MemoryClient, redis_url: str, start_worker: StartWorker, user: str
+    ) -> None:
+        """As a library's error may quote bytes of an answer."""
+        await asyncio.to_thread(start_worker, backend="obedient", retry_attempts=2, retry_base=0.05)
+        bad = [await client.submit_add("other", text) for text in ("garble", "garble for a while")]
+        good, search, worse = await asyncio.gather(
+            client.submit_add(user, "tea"),
+            client.submit_search(user, "coffee"),
+            client.submit_search(user, "answer garbage"),
+        )
+        for handle in bad:
+            with pytest.raises(JobFailed):
+                await handle.result(10)
+            assert await handle.status() is JobState.DEAD
+        assert (await good.result(10)).added == 1
+        assert await search.result(10) == []
+        with pytest.raises(InternalError):
+            await worse.result(10)
+        assert await client.dead_letters.count() == 2
+        await no_trace_of_work(client, redis_url)
+
     async def test_what_is_unavailable_for_a_while_succeeds_in_the_end(
         self, client: MemoryClient, redis_url: str, start_worker: StartWorker, user: str
     ) -> None:

@@ -42,6 +42,9 @@ class ObedientStore(InMemoryStore):
         self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
     ) -> list[Hit]:
         await _obey(query)
+        if "garbage" in query:
+            record = Record("r", Scope("", "", "s"), 1, 0, {"role": "user", "content": "\ud800"})
+            return [Hit(record, 1.0)]
         return await super().search(scope, query, top_k=top_k, score_threshold=score_threshold)
 
 
@@ -74,6 +77,10 @@ async def _obey(text: str) -> None:
         raise BackendError("refused, as told")
     if "unavailable" in text:
         raise BackendUnavailable("not now", retry_after=1.5)
+    if "garble for a while" in text:
+        raise BackendUnavailable("bytes: \ud800")
+    if "garble" in text:
+        raise BackendError("bytes: \ud800")
     if "explode" in text:
         raise RuntimeError(f"secret of a user: {text}")
     if "exit" in text:

@@ -39,9 +39,9 @@ from recallq.errors import BackendError, BackendUnavailable, JobError
 from recallq_worker.backends import base
 from recallq_worker.backends.base import Added, Record
 from recallq_worker.backends.in_memory import InMemoryStore
-from recallq_worker.ledger import Claim
+from recallq_worker.ledger import Claim, Waiting
 from recallq_worker.retries import RetryPolicy
-from recallq_worker.service import MemoryService
+from recallq_worker.service import MemoryService, Postponed
 from tests.support import eventually
 from tests.virtual_time import now, run_virtually
 
@@ -163,7 +163,7 @@ class Nobody:
         self.forgot: list[tuple[Scope, int]] = []
         self.ran_alone: list[int | None] = []
 
-    async def dead(self, index: int, error: JobError) -> bool:
+    async def dead(self, index: int, error: JobError, attempts: int) -> bool:
         self.buried.append(index)
         return False
 
@@ -700,6 +700,13 @@ def unavailable(times: int, *, retry_after: float | None = None) -> Callable[[],
     return trouble
 
 
+def again(left: Postponed | None) -> Claim:
+    """The claim of the run that follows one which left something, when all of it is due."""
+    assert left is not None
+    waiting = {index: Waiting(NOW, each.attempts) for index, each in left.waiting.items()}
+    return Claim([], attempts=1, waiting=waiting)
+
+
 async def test_adds_that_fail_in_passing_are_left_open_without_a_second_call(
     store: Counting,
 ) -> None:
@@ -712,7 +719,7 @@ async def test_adds_that_fail_in_passing_are_left_open_without_a_second_call(
     assert result.outcomes == [None, None]
     assert len(store.calls) == 1
     # The next time one by one, so that whoever is in trouble is alone with it.
-    left = await service.run(batch, Claim([], attempts=1), result, Nobody())
+    left = await service.run(batch, again(left), result, Nobody())
     assert left is None
     assert [call for call, _ in store.calls] == ["add"] * 3
     assert states([outcome for outcome in result.outcomes if outcome]) == ["succeeded"] * 2
@@ -727,33 +734,77 @@ async def test_only_what_is_open_runs_again(store: Counting) -> None:
     assert set(left.errors) == {0}
     assert result.outcomes[1] is not None
     calls = len(store.calls)
-    assert await service.run(batch, Claim([], attempts=1), result, Nobody()) is None
+    assert await service.run(batch, again(left), result, Nobody()) is None
     assert store.calls[calls:] == [("search", ("eve",))]
 
 
-async def test_the_longest_wait_counts_for_all_but_those_whose_time_is_over(
-    store: Counting,
-) -> None:
+async def test_each_waits_as_long_as_it_was_told_to_and_for_nobody_else(store: Counting) -> None:
     store.trouble |= {
-        "ann": unavailable(9, retry_after=5),
-        "bob": unavailable(9, retry_after=60),
-        "cid": unavailable(9),
+        "ann": unavailable(1, retry_after=5),
+        "bob": unavailable(1, retry_after=60),
+        "cid": unavailable(1, retry_after=60),
     }
     batch = lists(listing("ann"), listing("bob"), listing("cid", deadline=NOW + 30))
     service, result = serve(store, retries=PATIENT), BatchResult()
     left = await service.run(batch, Claim([]), result, Nobody())
     assert left is not None
-    assert 60 <= left.delay < 61
+    assert 5 <= left.delay < 6
     assert set(left.errors) == {0, 1}
     assert result.outcomes[2] is not None
     assert code_of(result.outcomes[2]) == "backend_unavailable"
+    # The first is due, the second is not: it waits on, and has not used up an attempt.
+    left = await service.run(
+        batch,
+        Claim([], attempts=1, waiting={0: Waiting(NOW, 1), 1: Waiting(NOW + 55, 1)}),
+        result,
+        Nobody(),
+    )
+    assert left is not None
+    assert 54 < left.delay <= 55
+    assert left.errors == {}
+    assert left.waiting == {1: Waiting(NOW + 55, 1)}
+    assert result.outcomes[0] is not None
+    assert result.outcomes[0].state is JobState.SUCCEEDED
+
+
+async def test_jobs_that_failed_together_are_tried_again_together(store: Counting) -> None:
+    store.trouble |= {"ann": unavailable(1), "bob": unavailable(1)}
+    patient = RetryPolicy(attempts=3, base=100, cap=100)
+    service, result = serve(store, retries=patient), BatchResult()
+    left = await service.run(lists(listing("ann"), listing("bob")), Claim([]), result, Nobody())
+    assert left is not None
+    assert len({each.due for each in left.waiting.values()}) == 1
+
+
+async def test_adds_with_no_time_to_wait_get_a_chance_of_their_own(store: Counting) -> None:
+    """The error of all may be due to another's job."""
+    store.trouble["eve"] = unavailable(9, retry_after=6)
+    batch = adds(add("a", user="eve"), add("b", deadline=NOW + 4), add("c"))
+    service, result = serve(store, retries=PATIENT), BatchResult()
+    left = await service.run(batch, Claim([]), result, Nobody())
+    assert left is not None
+    assert set(left.waiting) == {0, 2}
+    assert result.outcomes[1] is not None
+    assert result.outcomes[1].state is JobState.SUCCEEDED
+
+
+async def test_attempts_are_counted_for_each_job(store: Counting) -> None:
+    store.trouble["ann"] = unavailable(9)
+    result = BatchResult()
+    claim = Claim([], attempts=7, waiting={0: Waiting(NOW, 1)})
+    service = serve(store, retries=PATIENT)
+    left = await service.run(lists(listing()), claim, result, Nobody())
+    assert left is not None
+    assert left.waiting[0].attempts == 2
+    claim = Claim([], attempts=8, waiting=left.waiting | {0: Waiting(NOW, 2)})
+    assert await service.run(lists(listing()), claim, result, Nobody()) is None
 
 
 async def test_a_dead_write_is_kept_before_it_counts_as_settled(store: Counting) -> None:
     class Keeper(Nobody):
-        async def dead(self, index: int, error: JobError) -> bool:
+        async def dead(self, index: int, error: JobError, attempts: int) -> bool:
             assert result.outcomes[index] is None
-            return await super().dead(index, error) or index == 0
+            return await super().dead(index, error, attempts) or index == 0
 
     store.trouble["eve"] = unavailable(9)
     result, keeper = BatchResult(), Keeper()

@@ -120,6 +120,14 @@ class DeadLetters:
             pipe.zadd(self._keys.dead, {letter.id: at})
             await pipe.execute()
 
+    async def withdraw(self, letter_id: str, scope: Scope) -> None:
+        """Removes the letter of a job, if there is one."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.delete(self._keys.dead_letter(letter_id))
+            pipe.zrem(self._keys.dead, letter_id)
+            pipe.srem(self._keys.dead_letters_of(scope.tenant, scope.user_id), letter_id)
+            await pipe.execute()
+
     async def forget(self, scope: Scope, before_epoch: int) -> None:
         """Removes the letters of a scope that are older than a deletion, and lets none come."""
         keys = [

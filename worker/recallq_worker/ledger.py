@@ -12,7 +12,7 @@ was done and answered, and only the acknowledgement was lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -55,13 +55,15 @@ end
 )
 
 # KEYS: batch, held, delayed. ARGV: batch id, worker id, lease (ms), prefix of the queued sets.
+# A worker that holds the batch already asks because the reply to its first claim was lost.
 _CLAIM = (
     NOW
     + """
-local state, lane, jobs = unpack(redis.call('HMGET', KEYS[1], 's', 'l', 'n'))
+local state, lane, jobs, worker = unpack(redis.call('HMGET', KEYS[1], 's', 'l', 'n', 'w'))
 if not jobs then return {'unknown'} end
+local mine = state == 'running' and worker == ARGV[2]
 local lease = redis.call('ZSCORE', KEYS[2], ARGV[1])
-if state == 'running' and lease and tonumber(lease) > now then return {'busy'} end
+if state == 'running' and not mine and lease and tonumber(lease) > now then return {'busy'} end
 local due = redis.call('ZSCORE', KEYS[3], ARGV[1])
 if due and tonumber(due) > now then return {'busy'} end
 redis.call('ZREM', KEYS[3], ARGV[1])
@@ -69,8 +71,8 @@ redis.call('ZREM', ARGV[4] .. lane, ARGV[1])
 redis.call('ZADD', KEYS[2], now + tonumber(ARGV[3]), ARGV[1])
 redis.call('HSET', KEYS[1], 's', 'running', 'w', ARGV[2])
 redis.call('HDEL', KEYS[1], 'z', 'r')
-local deliveries = redis.call('HINCRBY', KEYS[1], 'd', 1)
-local e, c, p, a = unpack(redis.call('HMGET', KEYS[1], 'e', 'c', 'p', 'a'))
+local deliveries = redis.call('HINCRBY', KEYS[1], 'd', mine and 0 or 1)
+local e, c, p, a, o = unpack(redis.call('HMGET', KEYS[1], 'e', 'c', 'p', 'a', 'o'))
 local suspects = {}
 if deliveries > 1 then
   for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
@@ -79,7 +81,7 @@ if deliveries > 1 then
   end
 end
 return {'claimed', deliveries, e or '', (c or '') .. (p or ''), a or '0',
-        table.concat(suspects, ',')}
+        table.concat(suspects, ','), o or '{}'}
 """
 )
 
@@ -92,11 +94,11 @@ _RENEW = (
 local told = {}
 for i = 5, #ARGV do
   local id, batch = ARGV[i], ARGV[3] .. ARGV[i]
-  local worker, state, lane, stop = unpack(redis.call('HMGET', batch, 'w', 's', 'l', 'p'))
+  local worker, state, lane, c, p = unpack(redis.call('HMGET', batch, 'w', 's', 'l', 'c', 'p'))
   if worker ~= ARGV[1] then
     told[#told + 1] = '-'
   else
-    told[#told + 1] = stop or ''
+    told[#told + 1] = (c or '') .. (p or '')
     if state == 'running' or not redis.call('ZSCORE', KEYS[2], id) then
       redis.call('HSET', batch, 's', 'running')
       redis.call('ZREM', ARGV[4] .. lane, id)
@@ -112,6 +114,7 @@ return told
 # The job that was, has survived it.
 _ALONE = """
 local survivor = redis.call('HGET', KEYS[1], 'r')
+if survivor == ARGV[1] then return end
 if survivor then redis.call('HDEL', KEYS[1], 'r', 'k' .. survivor) end
 if ARGV[1] ~= '' and redis.call('EXISTS', KEYS[1]) == 1 then
   redis.call('HSET', KEYS[1], 'r', ARGV[1])
@@ -119,13 +122,15 @@ if ARGV[1] ~= '' and redis.call('EXISTS', KEYS[1]) == 1 then
 end
 """
 
-# KEYS: batch, held, delayed. ARGV: batch id, worker id, delay (ms), line of history.
+# KEYS: batch, held, delayed. ARGV: batch id, worker id, delay (ms), line of history, open jobs.
 _POSTPONE = (
     NOW
     + """
-if redis.call('HGET', KEYS[1], 'w') ~= ARGV[2] then return 0 end
+local worker, state = unpack(redis.call('HMGET', KEYS[1], 'w', 's'))
+if worker ~= ARGV[2] or state ~= 'running' then return 0 end
 local history = redis.call('HGET', KEYS[1], 'h') or ''
-redis.call('HSET', KEYS[1], 's', 'queued', 'd', 0, 'h', history .. ARGV[4])
+redis.call('HSET', KEYS[1], 's', 'queued', 'd', 0, 'h', history .. ARGV[4], 'o', ARGV[5])
+redis.call('HDEL', KEYS[1], 'w')
 redis.call('HINCRBY', KEYS[1], 'a', 1)
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('ZADD', KEYS[3], now + tonumber(ARGV[3]), ARGV[1])
@@ -133,18 +138,26 @@ return 1
 """
 )
 
-# KEYS: batch, held. ARGV: batch id, worker id, push here (1/0), prefixes of queued sets and queues.
+# KEYS: batch, held, delayed. ARGV: batch id, worker id, push here (1/0), prefixes of queued sets
+#       and queues, delay (ms).
 _RELEASE = (
     _REQUEUE
     + """
-if redis.call('HGET', KEYS[1], 'w') ~= ARGV[2] then return false end
+local worker, state = unpack(redis.call('HMGET', KEYS[1], 'w', 's'))
+if worker ~= ARGV[2] or state ~= 'running' then return false end
 redis.call('HINCRBY', KEYS[1], 'd', -1)
 local alone = redis.call('HGET', KEYS[1], 'r')
 if alone then
   redis.call('HDEL', KEYS[1], 'r')
   redis.call('HINCRBY', KEYS[1], 'k' .. alone, -1)
 end
+redis.call('HDEL', KEYS[1], 'w')
 redis.call('ZREM', KEYS[2], ARGV[1])
+if ARGV[6] ~= '0' then
+  redis.call('HSET', KEYS[1], 's', 'queued')
+  redis.call('ZADD', KEYS[3], now + tonumber(ARGV[6]), ARGV[1])
+  return false
+end
 return requeue(KEYS[1], ARGV[1], ARGV[3], ARGV[4], ARGV[5])
 """
 )
@@ -164,7 +177,7 @@ for _, id in ipairs(due) do
   end
 end
 local next = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
-return {next[2] and next[2] - now or -1, pushed}
+return {next[2] and math.max(0, next[2] - now) or -1, pushed}
 """
 )
 
@@ -192,6 +205,16 @@ return pushed
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """A job that is to be tried again."""
+
+    due: float
+    """Not before this moment, in seconds since the epoch."""
+    attempts: int
+    """How often it has been run."""
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """What a worker learns as it begins a batch."""
 
@@ -204,6 +227,8 @@ class Claim:
     """How many runs ended with jobs that were to be tried again."""
     cancelled: frozenset[int] = field(default_factory=frozenset)
     """Indexes of the jobs that were cancelled."""
+    waiting: dict[int, Waiting] = field(default_factory=dict)
+    """The jobs that are to be tried again."""
     deaths: dict[int, int] = field(default_factory=dict)
     """How often a worker died while it ran nothing of the batch but the job of this index."""
 
@@ -265,12 +290,16 @@ class WorkerLedger:
             verdict, *found = await self._try_to_claim(batch.id)
         if verdict != b"claimed":
             return None
-        deliveries, epochs, cancelled, attempts, suspects = found
+        deliveries, epochs, cancelled, attempts, suspects, waiting = found
         return Claim(
             epochs=_epochs(epochs),
             deliveries=int(deliveries),
             attempts=int(attempts),
             cancelled=indexes(cancelled),
+            waiting={
+                int(index): Waiting(due, times)
+                for index, (due, times) in orjson.loads(waiting).items()
+            },
             deaths={
                 int(index): int(times)
                 for index, _, times in (each.partition(b":") for each in suspects.split(b","))
@@ -321,26 +350,40 @@ class WorkerLedger:
         lines = await self._redis.hget(self._keys.batch(batch_id), "h")
         return [orjson.loads(line) for line in (lines or b"").splitlines()]
 
-    async def postpone(self, batch_id: str, delay: float, history: dict[str, Any]) -> bool:
-        """Ends a run of which some jobs are to be tried again `delay` seconds from now.
+    async def postpone(
+        self,
+        batch_id: str,
+        delay: float,
+        history: dict[str, Any],
+        waiting: Mapping[int, Waiting],
+    ) -> bool:
+        """Ends a run of which jobs are left to be tried again, the first `delay` seconds from now.
 
         False if the batch is not ours any more.
         """
         keys = [self._keys.batch(batch_id), self._keys.held, self._keys.delayed]
         line = orjson.dumps(history) + b"\n"
-        args: list[str | int | bytes] = [batch_id, self._worker_id, int(delay * 1000), line]
+        jobs = {str(index): (each.due, each.attempts) for index, each in waiting.items()}
+        args: list[str | int | bytes] = [
+            batch_id,
+            self._worker_id,
+            int(delay * 1000),
+            line,
+            orjson.dumps(jobs),
+        ]
         return bool(await self._postpone(keys=keys, args=args))
 
-    async def release(self, batch_id: str) -> None:
-        """Hands a batch back that was begun and shall be run by another."""
+    async def release(self, batch_id: str, delay: float = 0.0) -> None:
+        """Hands a batch back that was begun and shall be run by another, or later."""
         pushed = await self._release(
-            keys=[self._keys.batch(batch_id), self._keys.held],
+            keys=[self._keys.batch(batch_id), self._keys.held, self._keys.delayed],
             args=[
                 batch_id,
                 self._worker_id,
                 self._here,
                 self._keys.queued_prefix,
                 self._queue_prefix,
+                int(delay * 1000),
             ],
         )
         await self._push([pushed] if pushed else [])

@@ -7,14 +7,17 @@ in the same step where both live on one Redis, so that no crash falls between th
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import orjson
 from celery.backends.redis import RedisBackend
 from celery.states import READY_STATES
 from redis import Redis
+from redis.commands.core import Script
 
-from recallq.contract import client_of, fields_of
+from recallq.contract import Outcome, client_of, failed, fields_of
+from recallq.errors import InternalError
 from recallq.keys import Keys
 from recallq.redis_client import LOST
 from recallq_worker import settings as worker_settings
@@ -48,7 +51,12 @@ _STORE = (
 local before = redis.call('GET', KEYS[1])
 if not before or string.find(string.sub(before, 1, 40), 'PARTIAL', 1, true) then
   redis.call('SET', KEYS[1], ARGV[3])
-  if ARGV[4] ~= '0' then redis.call('EXPIRE', KEYS[1], ARGV[4]) end
+  if ARGV[7] == '0' then
+    -- However long the rest takes: the jobs in it must not run again. The final one follows.
+    redis.call('EXPIRE', KEYS[1], 604800)
+  elseif ARGV[4] ~= '0' then
+    redis.call('EXPIRE', KEYS[1], ARGV[4])
+  end
   redis.call('PUBLISH', ARGV[5], ARGV[6])
 elseif ARGV[7] == '0' then
   return
@@ -58,7 +66,21 @@ if ARGV[7] == '1' and ARGV[8] == '1' then
 end
 """
 )
-_SETTLE += "settle(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])"
+
+# KEYS: as settle takes them, then the result. The batch may still be on its way into the ledger
+# once more, after a lost reply: where results are kept elsewhere, this tells that it was answered.
+_SETTLE += """
+settle(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
+redis.call('SET', KEYS[5], 'elsewhere', 'EX', 300)
+"""
+
+
+def _can_be_sent(outcome: Outcome | None) -> bool:
+    try:
+        orjson.dumps(outcome, default=fields_of)
+    except TypeError:
+        return False
+    return True
 
 
 class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annotations
@@ -72,13 +94,25 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
         if settings.coordination_url != settings.result_url:
             self._coordination = Redis.from_url(settings.coordination_url)
 
+    @cached_property
+    def _store(self) -> Script:
+        return self.client.register_script(_STORE)  # type: ignore[no-any-return]  # see above
+
     def exception_safe_to_retry(self, exc: Exception) -> bool:
         # Celery takes only a lost connection for passing. A Redis that is full or read-only for a
         # while says so in a reply, and a result that is not stored is a batch that never settles.
         return isinstance(exc, LOST)
 
     def encode(self, data: Any) -> bytes:
-        return orjson.dumps(data, default=fields_of)
+        try:
+            return orjson.dumps(data, default=fields_of)
+        except TypeError:
+            # What a backend returned: text that is no Unicode, say. The other jobs are well.
+            for place, outcome in enumerate(data["result"].outcomes):
+                if not _can_be_sent(outcome):
+                    error = InternalError("the backend's answer cannot be written as JSON")
+                    data["result"].outcomes[place] = failed(error)
+            return orjson.dumps(data, default=fields_of)
 
     def _store_result(
         self,
@@ -106,14 +140,14 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
         channel = keys.reply_channel(client_of(task_id))
         news = task_id.encode() + b"\n" + stored
         together = self._coordination is None
-        self.client.eval(
-            _STORE,
-            1 + len(ledger),
-            self.get_key_for_task(task_id),
-            *ledger,
-            *whose,
-            *(stored, self.expires or 0, channel, news),
-            *("1" if final else "0", "1" if together else "0"),
+        self._store(
+            keys=[self.get_key_for_task(task_id), *ledger],
+            args=[
+                *whose,
+                *(stored, self.expires or 0, channel, news),
+                *("1" if final else "0", "1" if together else "0"),
+            ],
         )
         if final and self._coordination is not None:
-            self._coordination.eval(_SETTLE, len(ledger), *ledger, *whose)
+            answered = keys.result(task_id)
+            self._coordination.eval(_SETTLE, 1 + len(ledger), *ledger, answered, *whose)

@@ -27,8 +27,13 @@ class RetryPolicy:
     cap: float
     """Longest wait that the doubling comes to."""
 
-    def wait(self, error: JobError, attempts: int, *, left: float | None) -> float | None:
+    def wait(
+        self, error: JobError, attempts: int, *, left: float | None, draw: float | None = None
+    ) -> float | None:
         """How long to wait after run number `attempts` (from 1) ended with `error`.
+
+        `draw`, from 0 to 1, is where in its interval the wait lies: jobs that shall be tried again
+        together share one.
 
         None if the job shall not be tried again: because the error would come again, because it has
         been tried often enough, or because the time that is `left` before its deadline is too short
@@ -37,7 +42,7 @@ class RetryPolicy:
         if not isinstance(error, BackendUnavailable) or attempts >= self.attempts:
             return None
         longest = min(self.cap, self.base * 2.0 ** min(attempts - 1, 60))
-        wait = random.uniform(0, longest)  # noqa: S311  # spreads load, keeps no secret
+        wait = longest * (random.random() if draw is None else draw)  # noqa: S311  # spreads load
         if error.retry_after is not None:
             wait += min(max(error.retry_after, 0.0), _LONGEST_REQUEST)
         return None if left is not None and wait >= left else wait

@@ -11,10 +11,11 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from functools import partial
 from typing import Any, TypeVar
 
 from recallq.clock import FleetClock
-from recallq.contract import AnyBatch, BatchResult, Operation, Scope
+from recallq.contract import AnyBatch, BatchResult, JobState, Operation, Scope
 from recallq.dead_letters import of_job
 from recallq.errors import JobError, to_wire
 from recallq.keys import Keys
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_SUSPECTS_WAIT = 1.0
+"""Seconds after which a suspicious batch asks again whether it may run here, or elsewhere."""
 _FAREWELL = 3.0
 """Seconds that handing a batch back may take when the process stops."""
 
@@ -77,6 +80,10 @@ class BatchRunner:
             if claim is None:
                 log.info("batch %s runs elsewhere or was answered; not run again", batch.id)
                 return Settled.ELSEWHERE
+            if claim.deliveries > 1 and self._service.is_suspicious:
+                # It would only take the place of others here while it waits.
+                await insistently(lambda: self._ledger.release(batch.id, _SUSPECTS_WAIT))
+                return Settled.ELSEWHERE
             if not claim.first:
                 before = await insistently(lambda: self._ledger.answer(batch.id))
                 if before is not None:
@@ -89,12 +96,18 @@ class BatchRunner:
                 result.users, result.epochs = users, claim.epochs
             observer = _Observer(batch, claim, self._ledger, self._dead_letters, self._clock)
             left = await self._service.run(batch, claim, result, observer)
+            if claim.deliveries > 1 and batch.operation.writes:
+                await self._withdraw_letters(batch, result)
         except asyncio.CancelledError:
             # The process ends: another shall run the batch, at once.
             with contextlib.suppress(*LOST):
                 async with asyncio.timeout(_FAREWELL):
                     await self._ledger.release(batch.id)
             raise
+        except Exception:
+            # Not settled, so not lost: the lease runs out, and the batch is run again.
+            log.exception("a defect in running batch %s", batch.id)
+            return Settled.ELSEWHERE
         else:
             kept = True
             return left or Settled.NOW
@@ -102,6 +115,13 @@ class BatchRunner:
             self._running.discard(task)
             if not kept:
                 self._held.discard(batch.id)
+
+    async def _withdraw_letters(self, batch: AnyBatch, result: BatchResult) -> None:
+        """Removes the dead letters of jobs that have succeeded after all: the worker that wrote
+        them died before it could say so."""
+        for job, outcome in zip(batch.jobs, result.outcomes, strict=True):
+            if outcome is not None and outcome.state is JobState.SUCCEEDED:
+                await insistently(partial(self._dead_letters.withdraw, job.id, job.scope))
 
     async def stop(self) -> None:
         """Hands back what still runs; what cannot be handed back in time is found by others."""
@@ -113,10 +133,15 @@ class BatchRunner:
 
     async def postpone(self, batch_id: str, left: Postponed) -> None:
         """Ends a run of which jobs are left to be tried again."""
-        errors = {str(index): f"{error.code}: {error}" for index, error in left.errors.items()}
+        errors = {
+            str(index): "{code}: {message}".format_map(to_wire(error))
+            for index, error in left.errors.items()
+        }
         history = {"at": self._clock.now(), "errors": errors}
         self._held.discard(batch_id)
-        await insistently(lambda: self._ledger.postpone(batch_id, left.delay, history))
+        await insistently(
+            lambda: self._ledger.postpone(batch_id, left.delay, history, left.waiting)
+        )
 
     def done(self, batch_id: str) -> None:
         """The batch's result is stored, or will never be."""
@@ -156,13 +181,13 @@ class _Observer:
         self._dead_letters = dead_letters
         self._clock = clock
 
-    async def dead(self, index: int, error: JobError) -> bool:
+    async def dead(self, index: int, error: JobError, attempts: int) -> bool:
         history: list[dict[str, Any]] = []
         if self._claim.attempts:
-            attempts = await insistently(lambda: self._ledger.history(self._batch.id))
+            runs = await insistently(lambda: self._ledger.history(self._batch.id))
             history = [
                 {"at": each["at"], "error": each["errors"][str(index)]}
-                for each in attempts
+                for each in runs
                 if str(index) in each["errors"]
             ]
         letter = of_job(
@@ -172,7 +197,7 @@ class _Observer:
             self._batch.backend,
             epoch=self._claim.epochs[index] if index < len(self._claim.epochs) else 0,
             error=to_wire(error),
-            attempts=self._claim.attempts + self._claim.deliveries,
+            attempts=attempts,
             history=history,
             at=self._clock.now(),
         )

@@ -194,11 +194,12 @@ class Runtime:
             await store.start()
         except RecallQError as error:
             raise ServiceUnavailable(f"backend {backend.name} does not start: {error}") from error
+        workers = WorkerRegistry(coordination, self._keys)
         self._background += [
-            asyncio.create_task(self._sign(WorkerRegistry(coordination, self._keys))),
-            asyncio.create_task(keep_time(clock, coordination)),
-            asyncio.create_task(runner.keep_leases()),
-            asyncio.create_task(Sweeper(ledger).sweep()),
+            asyncio.create_task(_for_ever(lambda: self._sign(workers))),
+            asyncio.create_task(_for_ever(lambda: keep_time(clock, coordination))),
+            asyncio.create_task(_for_ever(runner.keep_leases)),
+            asyncio.create_task(_for_ever(Sweeper(ledger).sweep)),
         ]
         if self._lease is not None:
             self._background.append(asyncio.create_task(self._hold(self._lease)))
@@ -260,6 +261,16 @@ class Runtime:
         except ConfigurationError:
             return False
         return True
+
+
+async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Does work that never ends by itself; what nobody expected ends it for a moment only."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("a defect in the worker's background work")
+        await asyncio.sleep(1.0)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

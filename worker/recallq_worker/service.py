@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -42,13 +43,15 @@ from recallq.errors import (
     WrongBackend,
 )
 from recallq_worker.backends.base import Added, MemoryStore, Record
-from recallq_worker.ledger import Claim
+from recallq_worker.ledger import Claim, Waiting
 from recallq_worker.retries import RetryPolicy
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_DUE_TOGETHER = 0.1
+"""Seconds by which a job may be tried again early, to be run together with others."""
 _DEATHS = 3
 """Workers that a job may take with it, running alone, before it is given up: one may be chance, as
 when a machine is shut down."""
@@ -59,17 +62,19 @@ class Postponed:
     """What is left of a batch after a run: jobs to be tried again."""
 
     delay: float
-    """Seconds until then."""
+    """Seconds until the first of them is due."""
     errors: dict[int, JobError]
-    """What each of them ended with this time."""
+    """What those that ran ended with this time."""
+    waiting: dict[int, Waiting]
+    """All of them."""
 
 
 class Observer(Protocol):
     """Whom a run keeps informed."""
 
-    async def dead(self, index: int, error: JobError) -> bool:
-        """A write has failed for good. Whether it is kept as a dead letter; awaited before the job
-        counts as settled."""
+    async def dead(self, index: int, error: JobError, attempts: int) -> bool:
+        """A write has failed for good, after so many runs. Whether it is kept as a dead letter;
+        awaited before the job counts as settled."""
         ...
 
     async def forget(self, scope: Scope, before_epoch: int) -> None:
@@ -90,12 +95,21 @@ class _Run:
     claim: Claim
     result: BatchResult
     observer: Observer
-    open: dict[int, tuple[float, JobError]] = field(default_factory=dict)
-    """Jobs to be tried again: the wait, and what they ended with."""
+    draw: float = field(default_factory=random.random)
+    """Where in their intervals the waits of this run lie: its jobs are tried again together."""
+    waiting: dict[int, Waiting] = field(default_factory=dict)
+    """Jobs to be tried again."""
+    errors: dict[int, JobError] = field(default_factory=dict)
+    """What those that ran ended with."""
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     """Who runs a job at this moment. Several jobs may be in one task."""
     stopped: set[int] = field(default_factory=set)
     """Jobs that were asked to stop."""
+
+    def attempts(self, index: int) -> int:
+        """How often a job was run before this run."""
+        waiting = self.claim.waiting.get(index)
+        return 0 if waiting is None else waiting.attempts
 
     def epoch(self, index: int) -> int:
         return self.claim.epochs[index] if index < len(self.claim.epochs) else 0
@@ -136,7 +150,12 @@ class MemoryService:
         try:
             runnable: list[int] = []
             for index, job in enumerate(batch.jobs):
-                if result.outcomes[index] is None and not await self._refused(run, index, job):
+                if result.outcomes[index] is not None or await self._refused(run, index, job):
+                    continue
+                waiting = claim.waiting.get(index)
+                if waiting is not None and waiting.due > self._now() + _DUE_TOGETHER:
+                    run.waiting[index] = waiting
+                else:
                     runnable.append(index)
             if claim.deliveries > 1:
                 # One such batch at a time: the culprit may be in another of them.
@@ -146,7 +165,7 @@ class MemoryService:
                 await self._add_together(run, batch.jobs, runnable)
             else:
                 await self._each(run, runnable)
-            return await self._what_is_left(run)
+            return self._what_is_left(run)
         except Exception:
             log.exception("a defect in running batch %s", batch.id)
             for index, outcome in enumerate(result.outcomes):
@@ -154,7 +173,7 @@ class MemoryService:
                     await self._failed(run, index, InternalError("see the worker's log"))
             return None
         finally:
-            del self._runs[batch.id]
+            self._runs.pop(batch.id, None)
 
     def stop(self, batch_id: str, indexes: Iterable[int]) -> None:
         """Asks jobs that run to stop. One that is being stored together with others, which go on,
@@ -185,16 +204,21 @@ class MemoryService:
                 "its batch"
             )
         else:
-            error = self._lateness(job, claim.attempts)
+            error = self._lateness(job, first=claim.first)
         if error is not None:
             await self._failed(run, index, error)
         return error is not None
 
-    def _lateness(self, job: Job, attempts: int = 0) -> JobExpired | None:
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether a batch of which a worker has died runs here; no other is run beside it."""
+        return self._suspects.locked()
+
+    def _lateness(self, job: Job, *, first: bool = True) -> JobExpired | None:
         late = self._now() - job.deadline if job.deadline is not None else 0.0
         if late <= 0:
             return None
-        what = "begin" if attempts == 0 else "be tried again"
+        what = "begin" if first else "be run again; a part of it may be done"
         return JobExpired(f"the job's deadline passed {late:.1f} s before it could {what}")
 
     async def _failed(self, run: _Run, index: int, error: JobError) -> None:
@@ -203,7 +227,7 @@ class MemoryService:
         if (
             outcome.state is JobState.FAILED
             and run.batch.operation.writes
-            and await run.observer.dead(index, error)
+            and await run.observer.dead(index, error, run.attempts(index) + run.claim.deliveries)
         ):
             outcome.state = JobState.DEAD
         run.result.outcomes[index] = outcome
@@ -217,29 +241,20 @@ class MemoryService:
         if wait is None:
             await self._failed(run, index, done)
         else:
-            run.open[index] = (wait, done)
+            run.waiting[index] = Waiting(self._now() + wait, run.attempts(index) + 1)
+            run.errors[index] = done
 
     def _wait(self, run: _Run, index: int, error: JobError) -> float | None:
         deadline = run.batch.jobs[index].deadline
         left = None if deadline is None else deadline - self._now()
-        return self._retries.wait(error, run.claim.attempts + 1, left=left)
+        return self._retries.wait(error, run.attempts(index) + 1, left=left, draw=run.draw)
 
-    async def _what_is_left(self, run: _Run) -> Postponed | None:
-        """The jobs to be tried again, all together, when the last of them may be."""
-        now = self._now()
-        while run.open:
-            delay = max(wait for wait, _ in run.open.values())
-            late = [
-                index
-                for index in run.open
-                if (deadline := run.batch.jobs[index].deadline) is not None
-                and now + delay >= deadline
-            ]
-            if not late:
-                return Postponed(delay, {index: error for index, (_, error) in run.open.items()})
-            for index in late:
-                await self._failed(run, index, run.open.pop(index)[1])
-        return None
+    def _what_is_left(self, run: _Run) -> Postponed | None:
+        """The jobs to be tried again, when the first of them may be."""
+        if not run.waiting:
+            return None
+        first = min(each.due for each in run.waiting.values())
+        return Postponed(max(first - self._now(), 0.0), run.errors, run.waiting)
 
     # --- together -------------------------------------------------------------------------------
 
@@ -255,12 +270,15 @@ class MemoryService:
                 run, runnable, lambda: self._guarded(lambda: self._store.add(everything))
             )
         if isinstance(together, JobError):
-            lone = len(runnable) == 1
-            if not lone and all(self._wait(run, index, together) is None for index in runnable):
+            # Those that would end with this error are given a chance of their own: it may be due to
+            # another. The others have time.
+            last = [index for index in runnable if self._wait(run, index, together) is None]
+            if len(runnable) > 1 and last:
                 log.warning("adds failed together (%s); adding job by job", type(together).__name__)
-                await self._each(run, runnable, begun=True)
-                return
-            for index in runnable:
+                await self._each(run, last, begun=True)
+            else:
+                last = []
+            for index in set(runnable).difference(last):
                 await self._settle(run, index, together)
             return
         start = 0
@@ -291,8 +309,10 @@ class MemoryService:
         """Runs jobs one after the other, leaving word of which one it is."""
         log.warning("batch %s is run again, one job at a time", run.batch.id)
         for index in runnable:
-            await run.observer.alone(index)
-            await self._settle(run, index, await self._run_one(run, index))
+            late = self._lateness(run.batch.jobs[index], first=False)
+            if late is None:
+                await run.observer.alone(index)
+            await self._settle(run, index, late or await self._run_one(run, index))
         if runnable:
             await run.observer.alone(None)
 

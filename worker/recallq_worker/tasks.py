@@ -14,6 +14,7 @@ from typing import Any
 from celery import Celery, Task
 from celery.exceptions import Ignore
 from celery.signals import task_postrun
+from celery.states import IGNORED
 
 from recallq.contract import PARTIAL, AnyBatch, BatchResult, Operation, decode_batch
 from recallq.errors import UndecodableJob, to_wire
@@ -81,6 +82,10 @@ def _answer_early(task: Task, result: BatchResult, answered: int) -> int:
 
 
 @task_postrun.connect  # type: ignore[untyped-decorator]
-def _let_go(task_id: str, **_: Any) -> None:
-    """Celery has stored the result, or there is none: the batch's lease need not be renewed."""
-    runtime.current().services.runner.done(task_id)
+def _let_go(task_id: str, state: str | None = None, **_: Any) -> None:
+    """Celery has stored the result: the batch's lease need not be renewed any more.
+
+    A delivery that was ignored has none; another of the same batch may be running.
+    """
+    if state != IGNORED:
+        runtime.current().services.runner.done(task_id)

@@ -216,19 +216,32 @@ class RedisStore:
         removed = 0
         for session in sessions:
             removed += await self._delete_session(base, session.decode(), before_epoch)
-        return removed
+        # And what is in no session's set, because the set has expired and the user's has not.
+        return removed + await self._delete_from(base, f"{base}:o", "", before_epoch)
 
     async def _delete_session(self, base: str, session_id: str, before_epoch: int) -> int:
-        keys = [f"{base}:r", f"{base}:o", f"{base}:x", f"{base}:s:{escape(session_id)}"]
-        offset = removed = 0
+        return await self._delete_from(
+            base, f"{base}:s:{escape(session_id)}", session_id, before_epoch
+        )
+
+    async def _delete_from(self, base: str, places: str, session_id: str, before_epoch: int) -> int:
+        """Removes the old ones of the records in the sorted set `places`."""
+        keys = [f"{base}:r", f"{base}:o", f"{base}:x", places]
+        removed = 0
         while True:
-            looked_at, gone = await self._asking(
-                self._delete(keys=keys, args=[session_id, before_epoch, offset, _DELETE_CHUNK])
-            )
-            removed += int(gone)
-            offset += looked_at - int(gone)
-            if looked_at < _DELETE_CHUNK:
+            offset = passed = 0
+            while True:
+                looked_at, gone = await self._asking(
+                    self._delete(keys=keys, args=[session_id, before_epoch, offset, _DELETE_CHUNK])
+                )
+                passed += int(gone)
+                offset += looked_at - int(gone)
+                if looked_at < _DELETE_CHUNK:
+                    break
+            removed += passed
+            if passed == 0 or offset < _DELETE_CHUNK:
                 return removed
+            # Others may have removed records meanwhile, and so moved some past our place.
 
     # --- the rest -------------------------------------------------------------------------------
 
