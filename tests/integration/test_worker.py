@@ -13,9 +13,10 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from recallq import ConfigurationError, MemoryClient, MemoryServiceFactory
+from recallq import ConfigurationError, JobState, MemoryClient, MemoryServiceFactory
 from recallq.embedded import EmbeddedRedis
-from tests.support import Worker, clean_environment, eventually
+from recallq.keys import Keys
+from tests.support import PLUGINS, Worker, clean_environment, eventually, redis_at
 
 
 def refused(**variables: str) -> str:
@@ -151,6 +152,47 @@ class TestPlainCelery:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=30)
         assert process.returncode == 0
+
+    def test_a_killed_process_among_them_loses_nothing(
+        self, redis_url: str, namespace: str
+    ) -> None:
+        parent = subprocess.Popen(
+            [
+                sys.executable, "-m", "celery", "-A", "recallq_worker", "worker",
+                "-P", "processes", "-c", "2", "-Q", f"{namespace}.live",
+            ],
+            env=clean_environment(
+                RECALLQ_REDIS_URL=redis_url,
+                RECALLQ_NAMESPACE=namespace,
+                RECALLQ_BACKEND="slow_redis",
+                PYTHONPATH=os.pathsep.join([str(PLUGINS), os.environ.get("PYTHONPATH", "")]),
+            ),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+        async def work() -> None:
+            async with MemoryClient(redis_url, namespace=namespace) as client:
+                handle = await client.submit_add("u", "sleep 3")
+
+                async def running() -> bool:
+                    return await handle.status() is JobState.RUNNING
+
+                await eventually(running, 20)
+                async with redis_at(redis_url) as redis:
+                    batch = Keys(namespace).batch(handle.id.rpartition("-")[0])
+                    worker_id = str(await redis.hget(batch, "w"))
+                child = int(worker_id.split("-")[-2])
+                assert child in [each.pid for each in psutil.Process(parent.pid).children()]
+                os.kill(child, signal.SIGKILL)
+                assert (await handle.result(30)).added == 1
+                assert len(await client.list_memory("u")) == 1
+
+        try:
+            asyncio.run(work())
+        finally:
+            parent.send_signal(signal.SIGTERM)
+            parent.wait(timeout=30)
 
 
 class TestScalingOut:

@@ -59,6 +59,9 @@ def configuration(settings: WorkerSettings) -> dict[str, Any]:
         # A message is given up only when its batch is settled.
         "task_acks_late": True,
         "task_acks_on_failure_or_timeout": True,
+        # Of a forked process that died: its batch is not answered as failed. What comes back at
+        # once is dropped, and the ledger sees to it that the batch is run, and how often.
+        "task_reject_on_worker_lost": True,
         "worker_prefetch_multiplier": 1,
         "result_expires": settings.result_expires,
         "result_backend_always_retry": True,
