@@ -259,7 +259,7 @@ class Transport:
     async def _receive(self, subscribed: asyncio.Event) -> None:
         """Listens on this client's channel, for ever; a lost connection is made anew."""
         channel = self.keys.reply_channel(self.client_id)
-        delay = 0.05
+        delay, told = 0.05, False
         while True:
             # Its own connection, which pub/sub takes over.
             redis = connect(
@@ -274,13 +274,15 @@ class Transport:
                         await pubsub.subscribe(channel)
                     self._look_up_all = subscribed.is_set()
                     subscribed.set()
-                    delay = 0.05
+                    delay, told = 0.05, False
                     while True:
                         message = await pubsub.get_message(timeout=5.0)
                         if message is not None and message["type"] == "message":
                             self._on_reply(message["data"])
             except LOST as error:
-                log.warning("lost the result channel (%s); reconnecting", type(error).__name__)
+                if not told:  # once an outage
+                    log.warning("lost the result channel (%s); reconnecting", type(error).__name__)
+                told = True
             finally:
                 await redis.aclose(close_connection_pool=True)
             await asyncio.sleep(delay)
