@@ -287,6 +287,7 @@ class TestDead:
         table = there("dead", "list").stdout
         assert table.count("backend_error: refused, as told") == 3
         assert "\x1b" not in table
+        assert "3 writes failed for good" in there("doctor").stdout
         assert "none of these; 3 in all" in there("dead", "list", "--user", "eve").stdout
         first, second = json.loads(there("dead", "list", "--user", "ann", "--json").stdout)
         assert "one" not in json.dumps(first)  # what the user said is for 'show'

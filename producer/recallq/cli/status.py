@@ -108,6 +108,7 @@ async def _examine(url: str | None) -> list[Finding]:
         async with MemoryClient(settings=settings) as client:
             findings += _judge_workers(await client.workers())
             findings.append(await _examine_backend(client))
+            findings += _judge_dead_letters(await client.dead_letters.count())
     except RecallQError as error:
         findings.append(Finding("client", "failed", str(error)))
     return findings
@@ -207,6 +208,13 @@ def _judge_workers(workers: list[WorkerInfo]) -> list[Finding]:
             )
         )
     return findings
+
+
+def _judge_dead_letters(count: int) -> list[Finding]:
+    if not count:
+        return []
+    advice = "see why with 'recallq dead list', then replay or purge them"
+    return [Finding("dead letters", "warning", f"{count:,} writes failed for good", advice)]
 
 
 async def _examine_backend(client: MemoryClient) -> Finding:
