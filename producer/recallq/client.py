@@ -138,6 +138,11 @@ class MemoryClient:
         """Writes that failed for good, of all tenants: to look at, to replay, to purge."""
         return DeadLetterBox(self)
 
+    def next_order(self) -> int:
+        """A place in the listing, behind all that this client has given: microseconds since the
+        epoch on the fleet's clock."""
+        return self.transport.clock.next_order()
+
     async def workers(self) -> list[WorkerInfo]:
         """The worker processes that have given a sign of life in the last ten seconds."""
         return await self.transport.workers()
@@ -153,12 +158,14 @@ class MemoryClient:
         timeout: float | None = None,
         lane: Lane | str | None = None,
         idempotency_key: str | None = None,
+        order: int | None = None,
     ) -> AddResult:
         """Stores messages; returns when they are stored.
 
         `session_id` None is the session ``"default"``. A call with an `idempotency_key` that was
-        used before in the same session stores nothing again. An empty list does nothing. Raises
-        `InvalidInput`, `QueueFull`, `ServiceUnavailable`, or a `JobError`.
+        used before in the same session stores nothing again; with the `order` that `next_order`
+        gave before the first try, a repeated call keeps its place in the listing as well. An empty
+        list does nothing. Raises `InvalidInput`, `QueueFull`, `ServiceUnavailable`, a `JobError`.
         """
         requests, timeout = self._ready(), self._timeout(timeout)
         if isinstance(messages, Sequence) and not messages:
@@ -171,6 +178,7 @@ class MemoryClient:
             timeout=timeout,
             lane=lane,
             idempotency_key=idempotency_key,
+            order=order,
         )
         added: AddResult = await self._call(request, timeout)
         return added
@@ -271,6 +279,7 @@ class MemoryClient:
         timeout: float | None = None,
         lane: Lane | str | None = None,
         idempotency_key: str | None = None,
+        order: int | None = None,
     ) -> JobHandle:
         """Enqueues an add and returns once the broker holds it.
 
@@ -283,6 +292,7 @@ class MemoryClient:
             timeout=timeout,
             lane=lane,
             idempotency_key=idempotency_key,
+            order=order,
         )
         return await self._submit(request)
 

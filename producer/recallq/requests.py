@@ -70,12 +70,17 @@ class Requests:
         timeout: float | None,
         lane: Lane | str | None,
         idempotency_key: str | None,
+        order: int | None = None,
     ) -> Request:
-        """To add messages. Takes the order key now."""
+        """To add messages. Takes the order key now, unless it was taken before."""
         settings = self._settings
         scope = self._scope(user_id, DEFAULT_SESSION if session_id is None else session_id)
         if idempotency_key is not None:
             self._check_id("idempotency_key", idempotency_key)
+        if order is not None and not (
+            isinstance(order, int) and not isinstance(order, bool) and 0 <= order < _LARGEST_NUMBER
+        ):
+            raise InvalidInput(f"order must be what next_order() returned, not {_short(order)}")
         encoded = [
             encode_message(message, f"messages[{index}]", settings.max_message_bytes)
             for index, message in enumerate(to_messages(messages))
@@ -95,7 +100,7 @@ class Requests:
             submitted_at=submitted_at,
             deadline=deadline,
             messages=cast("list[dict[str, Any]]", [orjson.Fragment(each) for each in encoded]),
-            order=self._clock.next_order(),
+            order=self._clock.next_order() if order is None else order,
             idempotency_key=idempotency_key,
         )
         return Request(self._lane(lane), Operation.ADD, job, size)

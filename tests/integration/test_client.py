@@ -132,6 +132,21 @@ class TestTheFourCalls:
         assert first.record_ids == again.record_ids
         assert len(await client.list_memory(user)) == 3
 
+    async def test_a_call_may_take_its_place_before_it_is_made(
+        self, client: MemoryClient, user: str
+    ) -> None:
+        place = client.next_order()
+        await client.add_memory(user, "second")
+        await client.add_memory(user, "first", order=place)
+        handle = await client.submit_add(user, "third", order=client.next_order())
+        await handle.result(10)
+        assert [each.text for each in await client.list_memory(user)] == [
+            "first", "second", "third"
+        ]  # fmt: skip
+        for wrong in (-1, 2**53, 1.5, True, "1"):
+            with pytest.raises(InvalidInput, match="order"):
+                await client.add_memory(user, "tea", order=wrong)  # type: ignore[arg-type]
+
     async def test_adding_nothing_does_nothing(self, client: MemoryClient, user: str) -> None:
         assert (await client.add_memory(user, [])).record_ids == []
         with pytest.raises(InvalidInput, match="empty"):

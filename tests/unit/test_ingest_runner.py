@@ -32,18 +32,24 @@ Before = Callable[[str, Message], Awaitable[None] | None]
 
 
 class Store:
-    """A client and its store in one: like the real ones, it adds what has a new key.
+    """A client and its store in one: like the real ones, it adds what has a new key, and lists by
+    the order that was taken first.
 
     `before` runs in each call after the call has taken its place, and may wait or raise.
     """
 
     def __init__(self, before: Before | None = None) -> None:
         self.before = before
+        self.places = 0
         self.calls: list[str] = []
         """The text of each call, in the order in which calls began."""
         self.kept: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = {}
         self.in_flight = self.most_in_flight = 0
         self.lanes: set[Lane] = set()
+
+    def next_order(self) -> int:
+        self.places += 1
+        return self.places
 
     async def add_memory(
         self,
@@ -54,8 +60,8 @@ class Store:
         timeout: float,
         lane: Lane,
         idempotency_key: str,
+        order: int,
     ) -> AddResult:
-        order = len(self.calls)
         self.calls.append("+".join(message.text for message in messages))
         self.lanes.add(lane)
         self.in_flight += 1
@@ -74,7 +80,7 @@ class Store:
         return AddResult(record_ids=ids, added=len(self.kept) - before)
 
     def listed(self, user: str | None = None) -> list[str]:
-        """The texts of what is kept, in the order in which the calls began."""
+        """The texts of what is kept, in their order."""
         kept = sorted(
             (each for key, each in self.kept.items() if user in (None, key[0])),
             key=lambda each: each[0],

@@ -68,7 +68,10 @@ class Adder(Protocol):
         timeout: float,
         lane: Lane,
         idempotency_key: str,
+        order: int,
     ) -> AddResult: ...
+
+    def next_order(self) -> int: ...
 
 
 def check(sources: Sequence[Source | str | Path], options: IngestOptions) -> list[Journal]:
@@ -344,6 +347,7 @@ class _Run:
         options, gate = self._options, self._gate
         began = time.monotonic()
         attempts = 0
+        order = self._client.next_order()  # once: tried again, the turn keeps its place
         while True:
             await gate.passed(sequence)
             try:
@@ -354,6 +358,7 @@ class _Run:
                     timeout=options.timeout,
                     lane=options.lane,
                     idempotency_key=turn.key,
+                    order=order,
                 )
             except QueueFull as error:
                 gate.hold("the queue is full", error.retry_after)
