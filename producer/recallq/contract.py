@@ -408,8 +408,7 @@ class BatchResult(BaseModel):
     users: list[str] = Field(default_factory=list, repr=False)
     """Of reads: the hash tag of each job's user."""
     epochs: list[int] = Field(default_factory=list)
-    """Of reads: how many deletions each job's user had seen when it was submitted. An answer from
-    before a deletion is not shown after it."""
+    """Of reads: each job's deletion epoch. A deletion with a higher one withdraws the answer."""
 
 
 PARTIAL = "PARTIAL"

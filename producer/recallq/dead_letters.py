@@ -48,7 +48,7 @@ class DeadLetter(BaseModel):
     payload: str | None = Field(default=None, repr=False)
     """Of a message: what came, with bytes that are not text written as escapes."""
     epochs: list[int] = Field(default_factory=list)
-    """How many deletions the user (of a message: each job's user) had seen at submission."""
+    """The job's deletion epoch; of a message, each job's."""
     code: str
     """The error's code, as in `recallq.errors`."""
     error: str

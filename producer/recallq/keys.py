@@ -35,6 +35,8 @@ class Keys:
         """Sorted set: ids of the batches that workers run, by the end of their lease (ms)."""
         self.delayed = f"{namespace}:delayed"
         """Sorted set: ids of the batches that wait for another attempt, by its time (ms)."""
+        self.clock = f"{namespace}:clock"
+        """The latest time (ms) that a deletion epoch was taken from."""
         self.queued_prefix = f"{namespace}:queued:"
         self.batch_prefix = f"{namespace}:batch:"
         self.outstanding = f"{namespace}:outstanding"
@@ -63,8 +65,8 @@ class Keys:
         return f"{self.namespace}:reply:{client_id}"
 
     def epochs(self, tenant: str, user_id: str) -> str:
-        """Hash: field ``n`` counts the user's deletions. ``*`` and ``s:<session>``: the epoch
-        below which nothing of the user, or of the session, is kept as a dead letter any more."""
+        """Hash: field ``n`` is the epoch of the user's last deletion. ``*`` and ``s:<session>``:
+        the epoch below which nothing of the user, or of the session, is kept as a dead letter."""
         return self.epochs_of(self.user_tag(tenant, user_id))
 
     def epochs_of(self, user_tag: str) -> str:

@@ -16,9 +16,11 @@ lease, or delayed until its next attempt. Its hash:
     c, p indexes of the jobs that were cancelled while queued, asked to stop while running: "3,17,"
     x jobs that no longer count as outstanding
 
-Deletion epochs: every delete raises its user's counter when it is published, and every other job
-carries the counter's value of that moment. Both happen inside the publishing script, so a job is
-before or after a delete beyond doubt, without clocks.
+Deletion epochs: every job carries an epoch, and a delete concerns what has a lower one. They are
+given inside the publishing script, so a job is before or after a delete beyond doubt. A delete's is
+higher than all that its user was given before, and the user's later jobs have at least that. They
+are taken from a clock that never goes back, so that epochs go on rising even if Redis lost its data
+and a store elsewhere kept its own.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 """Lua: `now` in milliseconds."""
 
-# KEYS: batch, queued, outstanding, queue, result, then the epoch hash of each user.
+# KEYS: batch, queued, outstanding, queue, result, clock, then the epoch hash of each user.
 # ARGV: batch id, lane, jobs, high-water mark, operation, message, enqueue here (1/0),
 #       "1,1,2": the user of each job, "3,3,0": the jobs' epochs where they are known already,
 #       of deletes with idempotency keys "d1,,d3": each job's, seconds to remember these.
@@ -54,27 +56,34 @@ _PUBLISH = (
 if redis.call('EXISTS', KEYS[1], KEYS[5]) > 0 then return {1, 0} end
 local outstanding = tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0')
 if outstanding >= tonumber(ARGV[4]) then return {0, outstanding} end
+"""
+    + NOW
+    + """
 local epochs = ARGV[9]
 if epochs == '' then
+  local clock = tonumber(redis.call('GET', KEYS[6]) or '0')
+  if now > clock then
+    clock = now
+    redis.call('SET', KEYS[6], clock)
+  end
   local each, digests = {}, {}
   for digest in string.gmatch(ARGV[10], '([^,]*),') do digests[#digests + 1] = digest end
   for user in string.gmatch(ARGV[8], '%d+') do
-    local key = KEYS[5 + tonumber(user)]
+    local key = KEYS[6 + tonumber(user)]
+    local last = tonumber(redis.call('HGET', key, 'n') or '0')
     if ARGV[5] == 'delete' then
       local digest = digests[#each + 1] or ''
       local known = digest ~= '' and redis.call('GET', key .. ':' .. digest)
-      local epoch = known or redis.call('HINCRBY', key, 'n', 1)
+      local epoch = known or string.format('%d', math.max(last + 1, clock))
+      if not known then redis.call('HSET', key, 'n', epoch) end
       if digest ~= '' then redis.call('SET', key .. ':' .. digest, epoch, 'EX', ARGV[11]) end
       each[#each + 1] = epoch
     else
-      each[#each + 1] = redis.call('HGET', key, 'n') or '0'
+      each[#each + 1] = string.format('%d', math.max(last, clock - 1))
     end
   end
   epochs = table.concat(each, ',')
 end
-"""
-    + NOW
-    + """
 redis.call('HSET', KEYS[1], 's', 'queued', 'l', ARGV[2], 'n', ARGV[3],
            'e', epochs, 'm', ARGV[6], 't', now)
 redis.call('ZADD', KEYS[2], now, ARGV[1])
@@ -148,6 +157,7 @@ class ProducerLedger:
                 self._keys.outstanding,
                 queue,
                 self._keys.result(batch.id),
+                self._keys.clock,
                 *users,
             ],
             args=[

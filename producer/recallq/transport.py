@@ -249,8 +249,8 @@ class Transport:
         # Its answer tells what memories there were: not any more if some were deleted.
         async with asking(self._settings.coordination_url, "cannot look up the job"):
             key = self.keys.epochs_of(result.users[ref.index])
-            deletions = int(await self._coordination.hget(key, "n") or 0)
-        if deletions == result.epochs[ref.index]:
+            deletion = int(await self._coordination.hget(key, "n") or 0)
+        if deletion <= result.epochs[ref.index]:
             return outcome
         return failed(
             ResultWithdrawn("memories of the user were deleted after this was asked; ask again")

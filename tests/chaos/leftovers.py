@@ -19,6 +19,7 @@ async def leftovers(redis: RedisClient, namespace: str) -> list[str]:
     kept = (
         f"{namespace}:m:{{",
         f"{namespace}:epoch:{{",
+        keys.clock,
         keys.dead,
         keys.workers,
         "_kombu.binding",

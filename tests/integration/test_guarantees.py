@@ -26,6 +26,7 @@ from recallq import (
     WorkerLost,
 )
 from recallq.contract import JobRef
+from recallq.embedded import EmbeddedRedis
 from recallq.keys import Keys
 from tests.support import Worker, eventually, redis_at
 
@@ -425,6 +426,23 @@ class TestDeletion:
         with pytest.raises(BackendError):
             await handle.result(10)
         assert await client.dead_letters.count() == 0
+
+    async def test_epochs_go_on_rising_where_redis_forgot_and_the_store_did_not(
+        self, namespace: str, user: str
+    ) -> None:
+        with EmbeddedRedis() as queues, EmbeddedRedis() as store, contextlib.ExitStack() as stack:
+            with_both = Worker(queues.url, namespace=namespace, store_url=store.url)
+            await asyncio.to_thread(with_both.start)
+            stack.callback(with_both.close)
+            async with MemoryClient(queues.url, namespace=namespace) as client:
+                await client.add_memory(user, "before")
+                await client.delete_memory(user)
+                await client.add_memory(user, "kept")
+                async with redis_at(queues.url) as redis:
+                    await redis.flushall()
+                assert (await client.add_memory(user, "afterwards")).added == 1
+                assert await texts(client, user) == ["kept", "afterwards"]
+                assert (await client.delete_memory(user)).removed == 2
 
 
 class TestDeadLetters:

@@ -97,6 +97,7 @@ def names(namespace: str, name: str) -> dict[str, str]:
     return {
         "held": keys.held,
         "delayed": keys.delayed,
+        "clock": keys.clock,
         "queued": keys.queued(name),
         "outstanding": keys.outstanding,
         "workers": keys.workers,

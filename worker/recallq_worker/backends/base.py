@@ -29,7 +29,7 @@ class Record:
     order: int
     """Order key, in microseconds since the epoch; ties are broken by the record id."""
     epoch: int
-    """How many deletions its user had seen when it was submitted."""
+    """What its user's deletions are told by: one with a higher epoch was submitted after it."""
     message: dict[str, Any]
     """A JSON object."""
 
