@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # What the tests take besides their own options, as in: make test ARGS='tests/unit -k batching'
 ARGS ?=
+# Test files at once: most tests wait for workers and clocks rather than for the processor.
+AT_ONCE ?= -n 3 --dist loadfile
 
 .PHONY: demo test chaos check format lock clean help
 
@@ -16,7 +18,7 @@ demo: $(READY) ## Run the main job on an embedded Redis and a real worker.
 	@$(BIN)/recallq demo
 
 test: $(READY) ## Run all tests.
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
 
 chaos: $(READY) ## Break everything at random moments, and check that every promise holds.
 	$(BIN)/python -m tests.chaos $(ARGS)
