@@ -169,7 +169,7 @@ def _print_table(letters: list[DeadLetter]) -> None:
     table.add_column("what", no_wrap=True)
     table.add_column("user", no_wrap=True, max_width=20, overflow="ellipsis")
     table.add_column("runs", justify="right")
-    table.add_column("error", overflow="fold")
+    table.add_column("error", no_wrap=True, overflow="ellipsis")  # whole in 'dead show'
     for letter in letters:
         table.add_row(
             f"{letter.died_at:%Y-%m-%d %H:%M:%S}",
