@@ -533,6 +533,24 @@ class TestOneRedisForEachPurpose:
         assert stored
 
 
+async def test_one_redis_may_go_by_two_names(redis_url: str, namespace: str, user: str) -> None:
+    other = redis_url.replace("127.0.0.1", "localhost")
+    assert other != redis_url
+    worker = Worker(redis_url, namespace=namespace, result_url=other)
+    await asyncio.to_thread(worker.start)
+    try:
+        async with MemoryClient(redis_url, namespace=namespace, result_url=other) as client:
+            handle = await client.submit_add(user, "tea")
+
+            async def settled() -> bool:
+                return (await handle.status()).settled
+
+            await eventually(settled)
+            assert (await handle.result(10)).added == 1
+    finally:
+        worker.close()
+
+
 async def test_results_missed_while_disconnected_are_found(
     client: MemoryClient, redis_url: str, user: str
 ) -> None:

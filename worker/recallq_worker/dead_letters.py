@@ -98,12 +98,16 @@ class DeadLetters:
         error: str,
         *,
         at: float,
+        batch_id: str | None = None,
         lane: Lane | None = None,
         epochs: Sequence[int] = (),
     ) -> None:
-        """Keeps what came on a queue and could not be read. Whose it was, nobody can tell."""
+        """Keeps what came on a queue and could not be read. Whose it was, nobody can tell.
+
+        `batch_id` is that of a batch in the ledger: delivered again, it is kept once.
+        """
         letter = DeadLetter(
-            id=uuid.uuid4().hex,
+            id=batch_id or uuid.uuid4().hex,
             kind="message",
             lane=lane,
             payload=payload,

@@ -69,9 +69,10 @@ end
 
 # KEYS: as settle takes them, then the result. The batch may still be on its way into the ledger
 # once more, after a lost reply: where results are kept elsewhere, this tells that it was answered.
+# Never in place of a result: the two may be one server by two names.
 _SETTLE += """
 settle(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
-redis.call('SET', KEYS[5], 'elsewhere', 'EX', 300)
+redis.call('SET', KEYS[5], 'elsewhere', 'EX', 300, 'NX')
 """
 
 

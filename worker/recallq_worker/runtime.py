@@ -131,7 +131,12 @@ class Runtime:
         lane, epochs = entry or (None, [])
         await insistently(
             lambda: services.dead_letters.keep_message(
-                payload, error, at=services.clock.now(), lane=lane, epochs=epochs
+                payload,
+                error,
+                at=services.clock.now(),
+                batch_id=batch_id if entry is not None else None,
+                lane=lane,
+                epochs=epochs,
             )
         )
         return entry is not None
