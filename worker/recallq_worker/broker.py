@@ -82,6 +82,21 @@ class Message(virtual.Message):
         except Exception as error:
             raise Undecodable(f"its body cannot be read: {explain(error)}", batch_id) from error
 
+    # Settled once, a message stays so. One that went back to its queue with a lost connection may
+    # have been on its way into the pool; it is run here, or there, and acknowledged again.
+
+    def ack(self, multiple: bool = False) -> None:
+        if not self.acknowledged:
+            super().ack(multiple)
+
+    def reject(self, requeue: bool = False) -> None:
+        if not self.acknowledged:
+            super().reject(requeue)
+
+    def requeue(self) -> None:
+        if not self.acknowledged:
+            super().requeue()
+
 
 def batch_id_of(envelope: Any) -> str | None:
     """The task's id, where there is one."""
