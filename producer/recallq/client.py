@@ -159,13 +159,16 @@ class MemoryClient:
         lane: Lane | str | None = None,
         idempotency_key: str | None = None,
         order: int | None = None,
+        infer: bool | None = None,
     ) -> AddResult:
         """Stores messages; returns when they are stored.
 
         `session_id` None is the session ``"default"``. A call with an `idempotency_key` that was
         used before in the same session stores nothing again; with the `order` that `next_order`
-        gave before the first try, a repeated call keeps its place in the listing as well. An empty
-        list does nothing. Raises `InvalidInput`, `QueueFull`, `ServiceUnavailable`, a `JobError`.
+        gave before the first try, a repeated call keeps its place in the listing as well. `infer`
+        tells backends that extract memories whether to ask an LLM (None: as the worker is set); to
+        the others it means nothing. An empty list does nothing. Raises `InvalidInput`,
+        `QueueFull`, `ServiceUnavailable`, a `JobError`.
         """
         requests, timeout = self._ready(), self._timeout(timeout)
         if isinstance(messages, Sequence) and not messages:
@@ -179,6 +182,7 @@ class MemoryClient:
             lane=lane,
             idempotency_key=idempotency_key,
             order=order,
+            infer=infer,
         )
         added: AddResult = await self._call(request, timeout)
         return added
@@ -280,6 +284,7 @@ class MemoryClient:
         lane: Lane | str | None = None,
         idempotency_key: str | None = None,
         order: int | None = None,
+        infer: bool | None = None,
     ) -> JobHandle:
         """Enqueues an add and returns once the broker holds it.
 
@@ -293,6 +298,7 @@ class MemoryClient:
             lane=lane,
             idempotency_key=idempotency_key,
             order=order,
+            infer=infer,
         )
         return await self._submit(request)
 

@@ -110,15 +110,24 @@ class AddJob(Job):
     idempotency_key: str | None = None
     origin: str | None = None
     """Of a dead letter's replay: the job that died. What it had stored is not stored again."""
+    infer: bool | None = None
+    """Of backends that extract memories: whether an LLM does, or the messages themselves are
+    stored. None leaves it to the backend's settings."""
+
+    @property
+    def again(self) -> str | None:
+        """What is the same for a job and another that submits the same add once more; None if
+        nothing can."""
+        if self.idempotency_key is not None:
+            return f"k{key_digest(self.scope, self.idempotency_key)}"
+        return self.origin
 
     def record_id(self, index: int) -> str:
         """The id of the record that holds message `index`: the same however often the job runs.
 
         Ids of one job sort by index, so (order key, record id) orders a session's messages.
         """
-        if self.idempotency_key is None:
-            return f"{self.origin or self.id}-{index:05x}"
-        return f"k{key_digest(self.scope, self.idempotency_key)}-{index:05x}"
+        return f"{self.again or self.id}-{index:05x}"
 
 
 class SearchJob(Job):
@@ -331,9 +340,13 @@ class Hit(StoredMessage):
 
 class AddResult(BaseModel):
     record_ids: list[str]
-    """One per message, in order."""
+    """One per message, in order. Of a backend that extracts memories, those that came of the
+    messages, and of the other adds that were extracted together with them."""
     added: int
-    """How many were not stored before: fewer than the ids when an idempotency key was reused."""
+    """How many were not stored before: fewer than the ids when an idempotency key was reused. Of
+    memories that came of several adds together, the first counts them all, the others none."""
+    merged: int = 1
+    """How many adds were extracted together."""
 
 
 class SearchResult(BaseModel):

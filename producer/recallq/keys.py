@@ -41,6 +41,11 @@ class Keys:
         self.batch_prefix = f"{namespace}:batch:"
         self.outstanding = f"{namespace}:outstanding"
         """Hash: lane -> jobs accepted and not settled."""
+        self.slow = f"{namespace}:slow"
+        """Sorted set: hash tags of the users for whom writes wait in the slow lane, by the time
+        (ms) at which a worker may take one up; of those taken up, by the end of the lease."""
+        self.slow_tokens = f"{namespace}:slow-tokens"
+        """Counter: the last fencing token given in the slow lane."""
         self.workers = f"{namespace}:workers"
         """Set of the ids of worker processes, some perhaps dead."""
         self.dead = f"{namespace}:dead"
@@ -71,6 +76,22 @@ class Keys:
 
     def epochs_of(self, user_tag: str) -> str:
         return f"{self.namespace}:epoch:{user_tag}"
+
+    def waiting(self, user_tag: str) -> str:
+        """Sorted set: ids of the jobs that wait for a user's turn in the slow lane, in order."""
+        return f"{self.namespace}:waiting:{user_tag}"
+
+    def pending(self, user_tag: str) -> str:
+        """Hash: those jobs by their ids."""
+        return f"{self.namespace}:pending:{user_tag}"
+
+    def turn(self, user_tag: str) -> str:
+        """Hash: who works for a user in the slow lane, and how far that went."""
+        return f"{self.namespace}:turn:{user_tag}"
+
+    def done(self, user_tag: str) -> str:
+        """Prefix of the keys that remember what came of adds that may be submitted again."""
+        return f"{self.namespace}:done:{user_tag}:"
 
     def worker(self, worker_id: str) -> str:
         """A worker process's description; expires with its last sign of life."""

@@ -15,6 +15,8 @@ lease, or delayed until its next attempt. Its hash:
     r the job that is run alone   k<i> how often job i was run alone and did not come to an end
     c, p indexes of the jobs that were cancelled while queued, asked to stop while running: "3,17,"
     x jobs that no longer count as outstanding
+    y set once the open jobs were handed to the slow lane; then the batch is delayed until one of
+      them is answered there   g<i> set while job i is worked on there   u<i> job i's answer
 
 Deletion epochs: every job carries an epoch, and a delete concerns what has a lower one. They are
 given inside the publishing script, so a job is before or after a delete beyond doubt. A delete's is
@@ -98,6 +100,7 @@ return {1, outstanding}
 _CANCEL = """
 local state, jobs, lane = unpack(redis.call('HMGET', KEYS[1], 's', 'n', 'l'))
 if not jobs or tonumber(ARGV[1]) >= tonumber(jobs) then return false end
+if redis.call('HEXISTS', KEYS[1], 'g' .. ARGV[1]) == 1 then state = 'running' end
 local field = state == 'queued' and 'c' or 'p'
 local marks = redis.call('HGET', KEYS[1], field) or ''
 local mark = ARGV[1] .. ','
@@ -184,10 +187,13 @@ class ProducerLedger:
 
     async def look_up(self, batch_id: str, index: int) -> LedgerEntry | None:
         """The state of job `index`; None if the batch is not outstanding."""
-        found = await self._redis.hmget(self._keys.batch(batch_id), ["s", "n", "c"])
-        state, jobs, cancelled = cast("list[bytes | None]", found)
+        fields = ["s", "n", "c", f"g{index}"]
+        found = await self._redis.hmget(self._keys.batch(batch_id), fields)
+        state, jobs, cancelled, worked_on = cast("list[bytes | None]", found)
         if state is None or jobs is None:
             return None
+        if worked_on is not None:
+            return LedgerEntry(JobState.RUNNING, int(jobs))
         if index in indexes(cancelled):
             return LedgerEntry(JobState.CANCELLED, int(jobs))
         return LedgerEntry(JobState(state.decode()), int(jobs))

@@ -71,6 +71,7 @@ class Requests:
         lane: Lane | str | None,
         idempotency_key: str | None,
         order: int | None = None,
+        infer: bool | None = None,
     ) -> Request:
         """To add messages. Takes the order key now, unless it was taken before."""
         settings = self._settings
@@ -81,6 +82,8 @@ class Requests:
             isinstance(order, int) and not isinstance(order, bool) and 0 <= order < _LARGEST_NUMBER
         ):
             raise InvalidInput(f"order must be what next_order() returned, not {_short(order)}")
+        if infer is not None and not isinstance(infer, bool):
+            raise InvalidInput(f"infer must be True, False or None, not {_short(infer)}")
         encoded = [
             encode_message(message, f"messages[{index}]", settings.max_message_bytes)
             for index, message in enumerate(to_messages(messages))
@@ -102,6 +105,7 @@ class Requests:
             messages=cast("list[dict[str, Any]]", [orjson.Fragment(each) for each in encoded]),
             order=self._clock.next_order() if order is None else order,
             idempotency_key=idempotency_key,
+            infer=infer,
         )
         return Request(self._lane(lane), Operation.ADD, job, size)
 

@@ -15,14 +15,18 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import uuid
 from collections import Counter
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
+
+import orjson
 
 from recallq.contract import Scope
 from recallq.errors import BackendError, BackendUnavailable
+from recallq.keys import escape
 from recallq.messages import message_text
-from recallq_worker.backends.base import Added, Hit, Record
+from recallq_worker.backends.base import Added, Extracted, Hit, Journal, Record, Submission
 from recallq_worker.backends.in_memory import InMemoryStore
 from recallq_worker.backends.redis import RedisStore
 
@@ -85,3 +89,97 @@ async def _obey(text: str) -> None:
         raise RuntimeError(f"secret of a user: {text}")
     if "exit" in text:
         os._exit(3)
+
+
+class ObedientExtractor(RedisStore):
+    """An extractor that makes one memory of each message, with an id of its own each time, and
+    keeps it in Redis. What each of its extractions was about, it lists in
+    ``<namespace>:extractions``, and which users' ran at once at the most in ``<namespace>:most``.
+
+    ``die before storing``, ``die half way`` and ``die after storing`` end the worker process at
+    these moments, the first time.
+    """
+
+    name: ClassVar[str] = "extractor"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._running: set[str] = set()
+
+    # Not a store: what comes in are submissions.
+    add = None  # type: ignore[assignment]
+
+    def group(self, submission: Submission) -> Hashable:
+        return submission.scope.session_id
+
+    def tokens(self, submission: Submission) -> int:
+        if submission.infer is False:
+            return 0
+        return sum(len(message_text(each)) for each in submission.messages)
+
+    async def extract(
+        self, submissions: Sequence[Submission], journal: Journal
+    ) -> list[Extracted]:
+        scope, texts = submissions[0].scope, _texts(submissions)
+        namespace = self._keys.namespace
+        started = {"user": scope.user_id, "session": scope.session_id, "texts": texts}
+        assert scope.user_id not in self._running, "two extractions of one user at once"
+        self._running.add(scope.user_id)
+        try:
+            await self._redis.rpush(f"{namespace}:extractions", orjson.dumps(started))
+            await self._redis.zadd(f"{namespace}:most", {"users": len(self._running)}, gt=True)
+            for text in texts:
+                await _obey(text)
+            records = [
+                Record(uuid.uuid4().hex, each.scope, each.order, each.epoch, message)
+                for each in submissions
+                for message in each.messages
+            ]
+            ids = [record.record_id for record in records]
+            await self._die("die before storing", texts)
+            await journal({"ids": ids})
+            for record in records:
+                await RedisStore.add(self, [record])
+                await self._die("die half way", texts)
+            await self._die("die after storing", texts)
+            if "hang after storing" in texts[0]:
+                await asyncio.sleep(60)
+        finally:
+            self._running.discard(scope.user_id)
+        return _shared(submissions, ids)
+
+    async def _die(self, when: str, texts: Sequence[str]) -> None:
+        """Once for each text: whoever takes over lives."""
+        for text in texts:
+            key = f"{self._keys.namespace}:died:{text}"
+            if when in text and await self._redis.set(key, 1, nx=True):
+                os._exit(9)
+
+    async def recover(
+        self, submissions: Sequence[Submission], intent: dict[str, Any]
+    ) -> list[Extracted] | None:
+        ids = intent["ids"]
+        base = f"{self._keys.namespace}:m:"
+        found = 0
+        if submissions:
+            scope = submissions[0].scope
+            base += self._keys.user_tag(scope.tenant, scope.user_id)
+            found = sum(each is not None for each in await self._redis.hmget(f"{base}:r", ids))
+            if found == len(ids):
+                return _shared(submissions, ids)
+            session = f"{base}:s:{escape(scope.session_id or '')}"
+            await self._redis.hdel(f"{base}:r", *ids)
+            await self._redis.zrem(f"{base}:o", *ids)
+            await self._redis.zrem(session, *ids)
+        return None
+
+
+def _texts(submissions: Sequence[Submission]) -> list[str]:
+    return [message_text(message) for each in submissions for message in each.messages]
+
+
+def _shared(submissions: Sequence[Submission], ids: list[str]) -> list[Extracted]:
+    return [
+        Extracted(ids, 0 if place else len(ids), len(submissions))
+        for place in range(len(submissions))
+    ]

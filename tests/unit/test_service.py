@@ -163,7 +163,13 @@ class Nobody:
         self.forgot: list[tuple[Scope, int]] = []
         self.ran_alone: list[int | None] = []
 
-    async def dead(self, index: int, error: JobError, attempts: int) -> bool:
+    async def dead(
+        self,
+        index: int,
+        error: JobError,
+        attempts: int,
+        history: Sequence[dict[str, Any]] | None = None,
+    ) -> bool:
         self.buried.append(index)
         return False
 
@@ -702,7 +708,7 @@ def unavailable(times: int, *, retry_after: float | None = None) -> Callable[[],
 
 def again(left: Postponed | None) -> Claim:
     """The claim of the run that follows one which left something, when all of it is due."""
-    assert left is not None
+    assert isinstance(left, Postponed)
     waiting = {index: Waiting(NOW, each.attempts) for index, each in left.waiting.items()}
     return Claim([], attempts=1, waiting=waiting)
 
@@ -714,7 +720,7 @@ async def test_adds_that_fail_in_passing_are_left_open_without_a_second_call(
     batch = adds(add("a", user="eve"), add("b"))
     service, result = serve(store, retries=PATIENT), BatchResult()
     left = await service.run(batch, Claim([]), result, Nobody())
-    assert left is not None
+    assert isinstance(left, Postponed)
     assert set(left.errors) == {0, 1}
     assert result.outcomes == [None, None]
     assert len(store.calls) == 1
@@ -730,7 +736,7 @@ async def test_only_what_is_open_runs_again(store: Counting) -> None:
     batch = searches(searching("tea", user="eve"), searching("tea"))
     service, result = serve(store, retries=PATIENT), BatchResult()
     left = await service.run(batch, Claim([]), result, Nobody())
-    assert left is not None
+    assert isinstance(left, Postponed)
     assert set(left.errors) == {0}
     assert result.outcomes[1] is not None
     calls = len(store.calls)
@@ -747,7 +753,7 @@ async def test_each_waits_as_long_as_it_was_told_to_and_for_nobody_else(store: C
     batch = lists(listing("ann"), listing("bob"), listing("cid", deadline=NOW + 30))
     service, result = serve(store, retries=PATIENT), BatchResult()
     left = await service.run(batch, Claim([]), result, Nobody())
-    assert left is not None
+    assert isinstance(left, Postponed)
     assert 5 <= left.delay < 6
     assert set(left.errors) == {0, 1}
     assert result.outcomes[2] is not None
@@ -759,7 +765,7 @@ async def test_each_waits_as_long_as_it_was_told_to_and_for_nobody_else(store: C
         result,
         Nobody(),
     )
-    assert left is not None
+    assert isinstance(left, Postponed)
     assert 54 < left.delay <= 55
     assert left.errors == {}
     assert left.waiting == {1: Waiting(NOW + 55, 1)}
@@ -772,7 +778,7 @@ async def test_jobs_that_failed_together_are_tried_again_together(store: Countin
     patient = RetryPolicy(attempts=3, base=100, cap=100)
     service, result = serve(store, retries=patient), BatchResult()
     left = await service.run(lists(listing("ann"), listing("bob")), Claim([]), result, Nobody())
-    assert left is not None
+    assert isinstance(left, Postponed)
     assert len({each.due for each in left.waiting.values()}) == 1
 
 
@@ -782,7 +788,7 @@ async def test_adds_with_no_time_to_wait_get_a_chance_of_their_own(store: Counti
     batch = adds(add("a", user="eve"), add("b", deadline=NOW + 4), add("c"))
     service, result = serve(store, retries=PATIENT), BatchResult()
     left = await service.run(batch, Claim([]), result, Nobody())
-    assert left is not None
+    assert isinstance(left, Postponed)
     assert set(left.waiting) == {0, 2}
     assert result.outcomes[1] is not None
     assert result.outcomes[1].state is JobState.SUCCEEDED
@@ -794,7 +800,7 @@ async def test_attempts_are_counted_for_each_job(store: Counting) -> None:
     claim = Claim([], attempts=7, waiting={0: Waiting(NOW, 1)})
     service = serve(store, retries=PATIENT)
     left = await service.run(lists(listing()), claim, result, Nobody())
-    assert left is not None
+    assert isinstance(left, Postponed)
     assert left.waiting[0].attempts == 2
     claim = Claim([], attempts=8, waiting=left.waiting | {0: Waiting(NOW, 2)})
     assert await service.run(lists(listing()), claim, result, Nobody()) is None
@@ -802,9 +808,15 @@ async def test_attempts_are_counted_for_each_job(store: Counting) -> None:
 
 async def test_a_dead_write_is_kept_before_it_counts_as_settled(store: Counting) -> None:
     class Keeper(Nobody):
-        async def dead(self, index: int, error: JobError, attempts: int) -> bool:
+        async def dead(
+            self,
+            index: int,
+            error: JobError,
+            attempts: int,
+            history: Sequence[dict[str, Any]] | None = None,
+        ) -> bool:
             assert result.outcomes[index] is None
-            return await super().dead(index, error, attempts) or index == 0
+            return await super().dead(index, error, attempts, history) or index == 0
 
     store.trouble["eve"] = unavailable(9)
     result, keeper = BatchResult(), Keeper()

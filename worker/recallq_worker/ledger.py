@@ -39,7 +39,7 @@ _AT_ONCE = 100
 # Lua: pushes a batch's message again, to where it is taken next, with a delivery tag of its own:
 # kombu tells the messages that it has not acknowledged apart by their tags. What users said cannot
 # be taken for the tag, for its quotes are escaped.
-_REQUEUE = (
+REQUEUE = (
     NOW
     + """
 local function requeue(batch, id, here, queued, queues)
@@ -72,7 +72,7 @@ redis.call('ZADD', KEYS[2], now + tonumber(ARGV[3]), ARGV[1])
 redis.call('HSET', KEYS[1], 's', 'running', 'w', ARGV[2])
 redis.call('HDEL', KEYS[1], 'z', 'r')
 local deliveries = redis.call('HINCRBY', KEYS[1], 'd', mine and 0 or 1)
-local e, c, p, a, o = unpack(redis.call('HMGET', KEYS[1], 'e', 'c', 'p', 'a', 'o'))
+local e, c, p, a, o, y = unpack(redis.call('HMGET', KEYS[1], 'e', 'c', 'p', 'a', 'o', 'y'))
 local suspects = {}
 if deliveries > 1 then
   for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
@@ -80,8 +80,18 @@ if deliveries > 1 then
     if index then suspects[#suspects + 1] = index .. ':' .. redis.call('HGET', KEYS[1], field) end
   end
 end
+local answers = {}
+if y then
+  for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
+    local index = string.match(field, '^u(%d+)$')
+    if index then
+      answers[#answers + 1] = index
+      answers[#answers + 1] = redis.call('HGET', KEYS[1], field)
+    end
+  end
+end
 return {'claimed', deliveries, e or '', (c or '') .. (p or ''), a or '0',
-        table.concat(suspects, ','), o or '{}'}
+        table.concat(suspects, ','), o or '{}', y or '', answers}
 """
 )
 
@@ -141,7 +151,7 @@ return 1
 # KEYS: batch, held, delayed. ARGV: batch id, worker id, push here (1/0), prefixes of queued sets
 #       and queues, delay (ms).
 _RELEASE = (
-    _REQUEUE
+    REQUEUE
     + """
 local worker, state = unpack(redis.call('HMGET', KEYS[1], 'w', 's'))
 if worker ~= ARGV[2] or state ~= 'running' then return false end
@@ -166,7 +176,7 @@ return requeue(KEYS[1], ARGV[1], ARGV[3], ARGV[4], ARGV[5])
 # Batches whose lease has run out, or whose next attempt is due. Returns the time (ms) of the next
 # one, and what was pushed.
 _DUE = (
-    _REQUEUE
+    REQUEUE
     + """
 local pushed = {}
 local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[5])
@@ -185,7 +195,7 @@ return {next[2] and math.max(0, next[2] - now) or -1, pushed}
 #       time (ms) before which what is queued has left its queue, patience (ms).
 # The patience doubles with each push, so that a mistake about what left its queue stays cheap.
 _LOST = (
-    _REQUEUE
+    REQUEUE
     + """
 local pushed = {}
 local ids = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. ARGV[6], 'LIMIT', 0, ARGV[5])
@@ -231,11 +241,15 @@ class Claim:
     """The jobs that are to be tried again."""
     deaths: dict[int, int] = field(default_factory=dict)
     """How often a worker died while it ran nothing of the batch but the job of this index."""
+    handed_over: bool = False
+    """Whether the jobs that are open were handed to the slow lane."""
+    answers: dict[int, bytes] = field(default_factory=dict)
+    """What the slow lane says of them, of those that it is done with."""
 
     @property
     def first(self) -> bool:
         """Whether nobody has begun the batch before."""
-        return self.deliveries == 1 and self.attempts == 0
+        return self.deliveries == 1 and self.attempts == 0 and not self.handed_over
 
 
 class WorkerLedger:
@@ -256,7 +270,7 @@ class WorkerLedger:
         self._broker = broker
         self._results = results
         self._keys = keys
-        self._worker_id = worker_id
+        self.worker_id = worker_id
         self._here = "1" if one_step else "0"
         self._queue_prefix = f"{keys.namespace}."
         self._unlisted = ProducerLedger(redis, keys, _UNLIMITED)
@@ -290,7 +304,7 @@ class WorkerLedger:
             verdict, *found = await self._try_to_claim(batch.id)
         if verdict != b"claimed":
             return None
-        deliveries, epochs, cancelled, attempts, suspects, waiting = found
+        deliveries, epochs, cancelled, attempts, suspects, waiting, handed_over, answers = found
         return Claim(
             epochs=_epochs(epochs),
             deliveries=int(deliveries),
@@ -305,17 +319,22 @@ class WorkerLedger:
                 for index, _, times in (each.partition(b":") for each in suspects.split(b","))
                 if index
             },
+            handed_over=bool(handed_over),
+            answers={
+                int(index): answer
+                for index, answer in zip(answers[::2], answers[1::2], strict=True)
+            },
         )
 
     @cached_property
     def _envelope(self) -> CeleryEnvelope:
-        return CeleryEnvelope(self._worker_id)
+        return CeleryEnvelope(self.worker_id)
 
     async def _try_to_claim(self, batch_id: str) -> list[Any]:
         keys = [self._keys.batch(batch_id), self._keys.held, self._keys.delayed]
         args: list[str | int] = [
             batch_id,
-            self._worker_id,
+            self.worker_id,
             int(LEASE * 1000),
             self._keys.queued_prefix,
         ]
@@ -366,7 +385,7 @@ class WorkerLedger:
         jobs = {str(index): (each.due, each.attempts) for index, each in waiting.items()}
         args: list[str | int | bytes] = [
             batch_id,
-            self._worker_id,
+            self.worker_id,
             int(delay * 1000),
             line,
             orjson.dumps(jobs),
@@ -379,14 +398,21 @@ class WorkerLedger:
             keys=[self._keys.batch(batch_id), self._keys.held, self._keys.delayed],
             args=[
                 batch_id,
-                self._worker_id,
+                self.worker_id,
                 self._here,
                 self._keys.queued_prefix,
                 self._queue_prefix,
                 int(delay * 1000),
             ],
         )
-        await self._push([pushed] if pushed else [])
+        await self.push([pushed] if pushed else [])
+
+    @property
+    def script_arguments(self) -> list[str]:
+        """What scripts that push batches take: push here (1/0), and the prefixes of queued sets,
+        queues and batches."""
+        keys = self._keys
+        return [self._here, keys.queued_prefix, self._queue_prefix, keys.batch_prefix]
 
     async def ping(self) -> None:
         """Whether Redis answers."""
@@ -404,7 +430,7 @@ class WorkerLedger:
         told = await self._renew(
             keys=[keys.held, keys.delayed],
             args=[
-                self._worker_id,
+                self.worker_id,
                 int(LEASE * 1000),
                 keys.batch_prefix,
                 keys.queued_prefix,
@@ -419,13 +445,13 @@ class WorkerLedger:
     async def take_over(self) -> int:
         """Pushes the batches again whose worker has let its lease run out; says how many."""
         _, pushed = await self._due(keys=[self._keys.held], args=self._sweeping())
-        await self._push(pushed)
+        await self.push(pushed)
         return len(pushed)
 
     async def try_again(self) -> float | None:
         """Pushes the batches whose next attempt is due; returns the seconds until one will be."""
         wait, pushed = await self._due(keys=[self._keys.delayed], args=self._sweeping())
-        await self._push(pushed)
+        await self.push(pushed)
         return None if wait < 0 else float(wait) / 1000
 
     async def send_again(self, lane: Lane) -> int:
@@ -447,14 +473,13 @@ class WorkerLedger:
             before = min(before, int(at))
         args = [*self._sweeping(), before, int(LOST_AFTER * 1000)]
         pushed = await self._lost(keys=[queued], args=args)
-        await self._push(pushed)
+        await self.push(pushed)
         return len(pushed)
 
     def _sweeping(self) -> list[str | int]:
-        keys = self._keys
-        return [self._here, keys.queued_prefix, self._queue_prefix, keys.batch_prefix, _AT_ONCE]
+        return [*self.script_arguments, _AT_ONCE]
 
-    async def _push(self, messages: Iterable[Sequence[bytes]]) -> None:
+    async def push(self, messages: Iterable[Sequence[bytes]]) -> None:
         """Pushes what a script could not, because the broker is another Redis. What is lost by a
         crash before this counts as lost like any other message, and is sent again."""
         for lane, message in messages:

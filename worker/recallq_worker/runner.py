@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from enum import Enum
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from recallq.clock import FleetClock
 from recallq.contract import AnyBatch, BatchResult, JobState, Operation, Scope
@@ -21,12 +21,13 @@ from recallq.errors import JobError, to_wire
 from recallq.keys import Keys
 from recallq.redis_client import COMMAND_TIMEOUT, LOST
 from recallq_worker.dead_letters import DeadLetters
+from recallq_worker.insistence import insistently
 from recallq_worker.ledger import RENEW_EVERY, Claim, WorkerLedger
-from recallq_worker.service import MemoryService, Postponed
+from recallq_worker.service import HandedOver, MemoryService, Postponed
+from recallq_worker.slow_lane import SlowLane
+from recallq_worker.slow_ledger import SlowLedger
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _SUSPECTS_WAIT = 1.0
 """Seconds after which a suspicious batch asks again whether it may run here, or elsewhere."""
@@ -53,20 +54,26 @@ class BatchRunner:
         dead_letters: DeadLetters,
         keys: Keys,
         clock: FleetClock,
+        slow_ledger: SlowLedger,
+        slow_lane: SlowLane | None,
     ) -> None:
+        """`slow_lane` is None in a process that takes no part in it."""
         self._service = service
         self._ledger = ledger
         self._dead_letters = dead_letters
         self._keys = keys
         self._clock = clock
+        self._slow_ledger = slow_ledger
+        self._slow_lane = slow_lane
         self._held: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
 
-    async def run(self, batch: AnyBatch, result: BatchResult) -> Settled | Postponed:
+    async def run(self, batch: AnyBatch, result: BatchResult) -> Settled | Postponed | HandedOver:
         """Runs `batch`, entering outcomes into `result` as they come.
 
         After `Settled.NOW` the batch stays held until `done` is called: its result is not stored
-        yet. After `Postponed` call `postpone`, once the outcomes there are have been stored.
+        yet. After anything else that is not `Settled` call `put_off`, once the outcomes there are
+        have been stored.
         """
         if batch.id in self._held:
             return Settled.ELSEWHERE  # a second delivery of what runs here
@@ -131,16 +138,21 @@ class BatchRunner:
         if running:
             await asyncio.wait(running, timeout=_FAREWELL + 1)
 
-    async def postpone(self, batch_id: str, left: Postponed) -> None:
-        """Ends a run of which jobs are left to be tried again."""
+    async def put_off(self, batch: AnyBatch, left: Postponed | HandedOver) -> None:
+        """Ends a run of which jobs are left: to be tried again, or to the slow lane."""
+        self._held.discard(batch.id)
+        if isinstance(left, HandedOver):
+            await insistently(lambda: self._slow_ledger.park(batch, left.jobs))
+            if self._slow_lane is not None:
+                self._slow_lane.look(min(each.pause for each in left.jobs))
+            return
         errors = {
             str(index): "{code}: {message}".format_map(to_wire(error))
             for index, error in left.errors.items()
         }
         history = {"at": self._clock.now(), "errors": errors}
-        self._held.discard(batch_id)
         await insistently(
-            lambda: self._ledger.postpone(batch_id, left.delay, history, left.waiting)
+            lambda: self._ledger.postpone(batch.id, left.delay, history, left.waiting)
         )
 
     def done(self, batch_id: str) -> None:
@@ -181,9 +193,14 @@ class _Observer:
         self._dead_letters = dead_letters
         self._clock = clock
 
-    async def dead(self, index: int, error: JobError, attempts: int) -> bool:
-        history: list[dict[str, Any]] = []
-        if self._claim.attempts:
+    async def dead(
+        self,
+        index: int,
+        error: JobError,
+        attempts: int,
+        history: Sequence[dict[str, Any]] | None = None,
+    ) -> bool:
+        if history is None and self._claim.attempts:
             runs = await insistently(lambda: self._ledger.history(self._batch.id))
             history = [
                 {"at": each["at"], "error": each["errors"][str(index)]}
@@ -198,7 +215,7 @@ class _Observer:
             epoch=self._claim.epochs[index] if index < len(self._claim.epochs) else 0,
             error=to_wire(error),
             attempts=attempts,
-            history=history,
+            history=[*(history or ())],
             at=self._clock.now(),
         )
         return await insistently(lambda: self._dead_letters.keep(letter))
@@ -208,19 +225,6 @@ class _Observer:
 
     async def alone(self, index: int | None) -> None:
         await insistently(lambda: self._ledger.alone(self._batch.id, index))
-
-
-async def insistently(work: Callable[[], Awaitable[T]]) -> T:
-    """Does `work` as soon as Redis allows; `work` must bear being repeated."""
-    delay = 0.05
-    while True:
-        try:
-            async with asyncio.timeout(COMMAND_TIMEOUT):
-                return await work()
-        except LOST as error:
-            log.warning("Redis does not answer yet: %s", type(error).__name__)
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, 1.0)
 
 
 def _owner(scope: Scope) -> tuple[str, str]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from recallq.clock import FleetClock, keep_time
 from recallq.contract import Lane
@@ -28,14 +28,17 @@ from recallq.keys import Keys
 from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
 from recallq.workers import SIGN_OF_LIFE_EVERY, WorkerInfo, WorkerRegistry
 from recallq_worker.backends import registry
-from recallq_worker.backends.base import MemoryStore
+from recallq_worker.backends.base import MemoryBackend, MemoryExtractor, MemoryStore
 from recallq_worker.dead_letters import DeadLetters
+from recallq_worker.insistence import insistently
 from recallq_worker.ledger import WorkerLedger
 from recallq_worker.retries import RetryPolicy
-from recallq_worker.runner import BatchRunner, insistently
+from recallq_worker.runner import BatchRunner
 from recallq_worker.service import MemoryService
 from recallq_worker.settings import WorkerSettings
 from recallq_worker.single_process import LEASE_SECONDS, RENEW_EVERY, OwnerLease
+from recallq_worker.slow_lane import SlowLane
+from recallq_worker.slow_ledger import SlowLedger
 from recallq_worker.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
@@ -47,8 +50,10 @@ T = TypeVar("T")
 class Services:
     """What a running process works with; used on its loop only."""
 
-    store: MemoryStore
+    backend: MemoryBackend
     runner: BatchRunner
+    slow_lane: SlowLane | None
+    """None where the backend extracts nothing, or another process does."""
     ledger: WorkerLedger
     dead_letters: DeadLetters
     clock: FleetClock
@@ -113,8 +118,10 @@ class Runtime:
         self.submit(self._keep_undecodable(payload, error, batch_id or "")).result()
 
     def hand_back(self) -> None:
-        """Hands the batches that run here back to their queues; others run them. Does not wait."""
+        """Hands what runs here back, for others to run. Does not wait."""
         self.submit(self.services.runner.stop())
+        if self.services.slow_lane is not None:
+            self.submit(self.services.slow_lane.stop())
 
     def bury(self, raw: bytes, reason: str, batch_id: str | None) -> bool:
         """The same for what came on a queue and is no task, and its bytes.
@@ -176,13 +183,15 @@ class Runtime:
             ):
                 await lease.acquire()
             self._lease = lease
-        store = backend.from_settings(settings)
+        memory = cast("MemoryStore | MemoryExtractor", backend.from_settings(settings))
+        retries = RetryPolicy(settings.retry_attempts, settings.retry_base, settings.retry_cap)
         service = MemoryService(
-            store,
+            memory,
             now=clock.now,
             job_timeout=settings.job_timeout,
             parallel_jobs=settings.parallel_jobs,
-            retries=RetryPolicy(settings.retry_attempts, settings.retry_base, settings.retry_cap),
+            retries=retries,
+            pause=settings.slow_pause,
         )
         ledger = WorkerLedger(
             coordination,
@@ -192,11 +201,25 @@ class Runtime:
             self.worker_id,
             one_step=settings.broker_url == settings.coordination_url,
         )
+        slow_ledger = SlowLedger(coordination, self._keys, ledger)
+        slow_lane = None
+        if isinstance(memory, MemoryExtractor) and Lane.SLOW in self._lanes:
+            slow_lane = SlowLane(
+                memory,
+                slow_ledger,
+                retries,
+                now=clock.now,
+                users_at_once=settings.slow_users,
+                token_budget=settings.slow_tokens,
+                timeout=settings.slow_timeout,
+            )
         dead_letters = DeadLetters(coordination, self._keys)
-        runner = BatchRunner(service, ledger, dead_letters, self._keys, clock)
-        self.services = Services(store, runner, ledger, dead_letters, clock)
+        runner = BatchRunner(
+            service, ledger, dead_letters, self._keys, clock, slow_ledger, slow_lane
+        )
+        self.services = Services(memory, runner, slow_lane, ledger, dead_letters, clock)
         try:
-            await store.start()
+            await memory.start()
         except RecallQError as error:
             raise ServiceUnavailable(f"backend {backend.name} does not start: {error}") from error
         workers = WorkerRegistry(coordination, self._keys)
@@ -206,6 +229,8 @@ class Runtime:
             asyncio.create_task(_for_ever(runner.keep_leases)),
             asyncio.create_task(_for_ever(Sweeper(ledger).sweep)),
         ]
+        if slow_lane is not None:
+            self._background.append(asyncio.create_task(_for_ever(slow_lane.work)))
         if self._lease is not None:
             self._background.append(asyncio.create_task(self._hold(self._lease)))
 
@@ -213,6 +238,8 @@ class Runtime:
         services = getattr(self, "services", None)
         if services is not None:
             await services.runner.stop()
+            if services.slow_lane is not None:
+                await services.slow_lane.stop()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -223,7 +250,7 @@ class Runtime:
             if self._lease is not None:
                 await self._lease.release()
         if services is not None:
-            await services.store.stop()
+            await services.backend.stop()
         for client in self._clients.values():
             await client.aclose(close_connection_pool=True)
 

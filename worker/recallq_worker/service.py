@@ -13,7 +13,9 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
+
+import orjson
 
 from recallq.contract import (
     DEFAULT_SESSION,
@@ -41,10 +43,12 @@ from recallq.errors import (
     JobExpired,
     WorkerLost,
     WrongBackend,
+    from_wire,
 )
-from recallq_worker.backends.base import Added, MemoryStore, Record
+from recallq_worker.backends.base import Added, MemoryExtractor, MemoryStore, Record, Submission
 from recallq_worker.ledger import Claim, Waiting
 from recallq_worker.retries import RetryPolicy
+from recallq_worker.slow_ledger import Handover
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +73,25 @@ class Postponed:
     """All of them."""
 
 
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """What is left of a batch after a run: jobs for the slow lane."""
+
+    jobs: list[Handover]
+
+
 class Observer(Protocol):
     """Whom a run keeps informed."""
 
-    async def dead(self, index: int, error: JobError, attempts: int) -> bool:
+    async def dead(
+        self,
+        index: int,
+        error: JobError,
+        attempts: int,
+        history: Sequence[dict[str, Any]] | None = None,
+    ) -> bool:
         """A write has failed for good, after so many runs. Whether it is kept as a dead letter;
-        awaited before the job counts as settled."""
+        awaited before the job counts as settled. `history` is what the slow lane knows of it."""
         ...
 
     async def forget(self, scope: Scope, before_epoch: int) -> None:
@@ -120,14 +137,20 @@ class MemoryService:
 
     def __init__(
         self,
-        store: MemoryStore,
+        backend: MemoryStore | MemoryExtractor,
         *,
         now: Callable[[], float],
         job_timeout: float,
         parallel_jobs: int,
         retries: RetryPolicy,
+        pause: float = 0.0,
     ) -> None:
-        self._store = store
+        """`pause` in seconds: for how long an extraction waits for others to join it."""
+        self._backend = backend
+        self._extractor = backend if isinstance(backend, MemoryExtractor) else None
+        # Adds come this far only where it is one.
+        self._store = cast("MemoryStore", backend)
+        self._pause = pause
         self._now = now
         self._job_timeout = job_timeout
         self._parallel_jobs = parallel_jobs
@@ -137,26 +160,33 @@ class MemoryService:
 
     async def run(
         self, batch: AnyBatch, claim: Claim, result: BatchResult, observer: Observer
-    ) -> Postponed | None:
+    ) -> Postponed | HandedOver | None:
         """Runs what is open of `batch`, entering each outcome into `result` as soon as it is there.
 
         Jobs that have an outcome in `result` already are not run again. Returns the jobs that are
-        to be tried again, which have no outcome.
+        to be tried again, or that are for the slow lane; these have no outcome.
         """
         result.operation = batch.operation
         result.outcomes += [None] * (len(batch.jobs) - len(result.outcomes))
         run = _Run(batch, claim, result, observer)
         self._runs[batch.id] = run
         try:
+            if claim.handed_over:
+                await self._collect(run)
             runnable: list[int] = []
             for index, job in enumerate(batch.jobs):
-                if result.outcomes[index] is not None or await self._refused(run, index, job):
+                if result.outcomes[index] is not None:
+                    continue
+                # Of what is in the slow lane, only that lane can say what comes of it.
+                if not claim.handed_over and await self._refused(run, index, job):
                     continue
                 waiting = claim.waiting.get(index)
                 if waiting is not None and waiting.due > self._now() + _DUE_TOGETHER:
                     run.waiting[index] = waiting
                 else:
                     runnable.append(index)
+            if self._extractor is not None and batch.operation.writes:
+                return await self._hand_over(run, self._extractor, runnable)
             if claim.deliveries > 1:
                 # One such batch at a time: the culprit may be in another of them.
                 async with self._suspects:
@@ -187,6 +217,36 @@ class MemoryService:
             if all(index in run.stopped for index, each in run.tasks.items() if each is task):
                 task.cancel()
 
+    # --- by way of the slow lane ----------------------------------------------------------------
+
+    async def _hand_over(
+        self, run: _Run, extractor: MemoryExtractor, open_jobs: list[int]
+    ) -> HandedOver | None:
+        """Leaves writes to the slow lane."""
+        handed_over = []
+        for index in open_jobs:
+            job, epoch = run.batch.jobs[index], run.epoch(index)
+            assert isinstance(job, AddJob | DeleteJob)  # the others do not write
+            pause = 0.0
+            if isinstance(job, DeleteJob):
+                await run.observer.forget(job.scope, epoch)
+            elif extractor.tokens(Submission.of(job, epoch)):
+                pause = self._pause
+            handed_over.append(Handover(index, job, epoch, pause))
+        return HandedOver(handed_over) if handed_over else None
+
+    async def _collect(self, run: _Run) -> None:
+        """Enters what came of jobs in the slow lane."""
+        for index, answer in run.claim.answers.items():
+            if run.result.outcomes[index] is not None:
+                continue
+            found = orjson.loads(answer)
+            if "error" not in found:
+                run.result.outcomes[index] = _succeeded(found["result"])
+                continue
+            error = from_wire(found["error"], job_id=run.batch.jobs[index].id)
+            await self._failed(run, index, error, found.get("attempts"), found.get("history"))
+
     async def _refused(self, run: _Run, index: int, job: Job) -> bool:
         """Whether a job is not run at all; then it has its outcome."""
         batch, claim = run.batch, run.claim
@@ -194,9 +254,10 @@ class MemoryService:
             run.result.outcomes[index] = cancelled()
             return True
         error: JobError | None = None
-        if batch.backend is not None and batch.backend != self._store.name:
+        if batch.backend is not None and batch.backend != self._backend.name:
             error = WrongBackend(
-                f"the job asks for backend {batch.backend} and this worker runs {self._store.name}"
+                f"the job asks for backend {batch.backend} and this worker runs "
+                f"{self._backend.name}"
             )
         elif claim.deaths.get(index, 0) >= _DEATHS:
             error = WorkerLost(
@@ -221,13 +282,22 @@ class MemoryService:
         what = "begin" if first else "be run again; a part of it may be done"
         return JobExpired(f"the job's deadline passed {late:.1f} s before it could {what}")
 
-    async def _failed(self, run: _Run, index: int, error: JobError) -> None:
-        """A job failed for good."""
+    async def _failed(
+        self,
+        run: _Run,
+        index: int,
+        error: JobError,
+        attempts: int | None = None,
+        history: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        """A job failed for good; the slow lane knows after how many attempts."""
         outcome = failed(error)
+        if attempts is None:
+            attempts = run.attempts(index) + run.claim.deliveries
         if (
             outcome.state is JobState.FAILED
             and run.batch.operation.writes
-            and await run.observer.dead(index, error, run.attempts(index) + run.claim.deliveries)
+            and await run.observer.dead(index, error, attempts, history)
         ):
             outcome.state = JobState.DEAD
         run.result.outcomes[index] = outcome
@@ -348,21 +418,21 @@ class MemoryService:
                 records = _records(job, epoch)
                 return _added(job, records, await self._store.add(records))
             case SearchJob():
-                hits = await self._store.search(
+                hits = await self._backend.search(
                     job.scope, job.query, top_k=job.top_k, score_threshold=job.score_threshold
                 )
                 return _succeeded(
                     {"hits": [{**_stored(hit.record), "score": hit.score} for hit in hits]}
                 )
             case ListJob():
-                page = await self._store.list(job.scope, offset=job.offset, limit=job.limit)
+                page = await self._backend.list(job.scope, offset=job.offset, limit=job.limit)
                 return _succeeded({"records": [_stored(record) for record in page]})
             case DeleteJob():
                 await run.observer.forget(job.scope, epoch)
-                removed = await self._store.delete(job.scope, before_epoch=epoch)
+                removed = await self._backend.delete(job.scope, before_epoch=epoch)
                 return _succeeded({"removed": removed})
             case _:
-                return _succeeded((await self._store.health()).model_dump())
+                return _succeeded((await self._backend.health()).model_dump())
 
     async def _guarded(self, work: Callable[[], Awaitable[T]]) -> T | JobError:
         """What `work` returns, or the error that its job ends with."""
@@ -375,16 +445,18 @@ class MemoryService:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise  # it is we who are to stop
-            return InternalError(f"a call in backend {self._store.name} was cancelled from within")
+            return InternalError(
+                f"a call in backend {self._backend.name} was cancelled from within"
+            )
         except TimeoutError:
             return BackendUnavailable(
-                f"{self._store.name} did not finish within {self._job_timeout:g} s"
+                f"{self._backend.name} did not finish within {self._job_timeout:g} s"
             )
         except Exception as error:
             # Named, not quoted: what an unexpected error says may hold what users said.
-            log.exception("unexpected error in backend %s", self._store.name)
+            log.exception("unexpected error in backend %s", self._backend.name)
             return InternalError(
-                f"{type(error).__name__} in backend {self._store.name}; see the worker's log"
+                f"{type(error).__name__} in backend {self._backend.name}; see the worker's log"
             )
 
 

@@ -43,6 +43,15 @@ class WorkerSettings(ClientSettings):
     retry_cap: float = Field(60.0, gt=0)
     """Longest wait between two runs, unless the backend asks for more."""
 
+    slow_users: int = Field(64, ge=1)
+    """Users for whom a worker extracts memories at once, in its slow lane."""
+    slow_pause: float = Field(0.1, ge=0)
+    """How long the first add of a user waits for others, to be extracted with them in one call."""
+    slow_tokens: int = Field(8000, ge=1)
+    """Most tokens of messages in one extraction, about; a single add may have more."""
+    slow_timeout: float = Field(120.0, gt=0)
+    """Longest extraction; after it the adds are tried again."""
+
     store_url: str = Field("", repr=False)
     """The Redis in which the redis backend keeps memories; redis_url by default."""
     store_ttl: int | None = Field(None, ge=1)

@@ -57,7 +57,7 @@ def run_batch(task: Task, *args: Any, **kwargs: Any) -> BatchResult:
             raise Ignore
         case left:
             _answer_early(task, result, answered)
-            process.submit(process.services.runner.postpone(batch.id, left)).result()
+            process.submit(process.services.runner.put_off(batch, left)).result()
             raise Ignore
 
 

@@ -2,19 +2,20 @@
 
 A backend is a class named by an entry point of the group ``recallq.backends`` (see `registry`),
 made with ``from_settings`` and used by one process on one event loop. `MemoryStore` is for
-backends that keep records themselves. Whatever library a backend uses, its errors end here: it
-raises `recallq.errors.BackendUnavailable` where a later try may succeed, `BackendError` where none
-will, and nothing else on purpose.
+backends that keep records themselves, `MemoryExtractor` for those that make memories of messages
+with an LLM. Whatever library a backend uses, its errors end here: it raises
+`recallq.errors.BackendUnavailable` where a later try may succeed, `BackendError` where none will,
+and nothing else on purpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 
-from recallq.contract import Health, Scope
+from recallq.contract import DEFAULT_SESSION, AddJob, Health, Scope
 from recallq_worker.settings import WorkerSettings
 
 
@@ -52,9 +53,8 @@ class Hit:
     score: float
 
 
-@runtime_checkable
-class MemoryStore(Protocol):
-    """A backend that keeps records itself.
+class MemoryBackend(Protocol):
+    """What every backend does.
 
     `scope.session_id` None means all of the user's sessions, except in a record's own scope.
     """
@@ -76,15 +76,6 @@ class MemoryStore(Protocol):
         """Disconnects. Called once, also after a failed start."""
         ...
 
-    async def add(self, records: Sequence[Record]) -> list[Added]:
-        """Stores records of any users; says what became of each.
-
-        A record whose id is stored already stays as it is, but for its epoch, which becomes the
-        later of the two: a delete between them leaves it. One that a delete has fenced off (its
-        epoch is below the scope's fence) is not stored. All or some are stored when it raises.
-        """
-        ...
-
     async def search(
         self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
     ) -> list[Hit]:
@@ -98,11 +89,118 @@ class MemoryStore(Protocol):
     async def delete(self, scope: Scope, *, before_epoch: int) -> int:
         """Removes every record with a lower epoch, however many, and says how many there were.
 
-        From its first step on, records with a lower epoch are not stored any more. Repeating it
-        after a crash finishes the work.
+        Repeating it after a crash finishes the work.
         """
         ...
 
     async def health(self) -> Health:
         """Asks the real service. Does not raise."""
+        ...
+
+
+@runtime_checkable
+class MemoryStore(MemoryBackend, Protocol):
+    """A backend that keeps records itself.
+
+    From the first step of a delete on, records with a lower epoch are not stored any more.
+    """
+
+    async def add(self, records: Sequence[Record]) -> list[Added]:
+        """Stores records of any users; says what became of each.
+
+        A record whose id is stored already stays as it is, but for its epoch, which becomes the
+        later of the two: a delete between them leaves it. One that a delete has fenced off (its
+        epoch is below the scope's fence) is not stored. All or some are stored when it raises.
+        """
+        ...
+
+
+# --- extractors ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """The messages of one add, whose memories are to be extracted."""
+
+    job_id: str
+    scope: Scope
+    """With a session."""
+    order: int
+    """Order key of the add, in microseconds since the epoch."""
+    epoch: int
+    messages: Sequence[dict[str, Any]]
+    """JSON objects."""
+    record_ids: Sequence[str]
+    """One per message, for memories that are a message as it was; the same whenever it is run."""
+    infer: bool | None
+    """Whether an LLM extracts; None leaves it to the backend's settings."""
+
+    @classmethod
+    def of(cls, job: AddJob, epoch: int) -> Self:
+        """What a job submits."""
+        scope = job.scope
+        return cls(
+            job_id=job.id,
+            scope=Scope(scope.tenant, scope.user_id, scope.session_id or DEFAULT_SESSION),
+            order=job.order,
+            epoch=epoch,
+            messages=job.messages,
+            record_ids=[job.record_id(index) for index in range(len(job.messages))],
+            infer=job.infer,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """What came of one submission."""
+
+    record_ids: list[str]
+    """Of the memories that came of it and of those extracted together with it."""
+    added: int
+    """How many memories are new; of several submissions together, the first has them all."""
+    merged: int = 1
+    """How many submissions were extracted together."""
+
+
+class Superseded(Exception):
+    """The work must not go on: a deletion or another worker has taken its place."""
+
+
+Journal: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
+"""Writes down, beyond a crash, what is about to be stored. Raises `Superseded`."""
+
+
+@runtime_checkable
+class MemoryExtractor(MemoryBackend, Protocol):
+    """A backend that makes memories of messages, mostly in seconds and for money.
+
+    The slow lane (`recallq_worker.slow_lane`) sees to it that at any moment one call of `extract`,
+    `recover` or `delete` runs for a user in the whole fleet, in the order of submission.
+    """
+
+    def group(self, submission: Submission) -> Hashable:
+        """Submissions of a user whose groups are equal may be extracted together."""
+        ...
+
+    def tokens(self, submission: Submission) -> int:
+        """About how many tokens of an LLM's prompt a submission takes; 0 if no LLM is asked."""
+        ...
+
+    async def extract(self, submissions: Sequence[Submission], journal: Journal) -> list[Extracted]:
+        """Makes and stores memories of one user's submissions of one group, in their order; says
+        what came of each.
+
+        Before anything is stored, `journal` must have returned; what it was told last is what
+        `recover` gets if this process dies. May be cancelled at any moment before.
+        """
+        ...
+
+    async def recover(
+        self, submissions: Sequence[Submission], intent: dict[str, Any]
+    ) -> list[Extracted] | None:
+        """After an `extract` that did not come to its end: finds out whether it had stored
+        everything that its journal speaks of, and what came of it.
+
+        None if it had not, or if there are no `submissions` any more: then nothing of it is left.
+        """
         ...

@@ -15,12 +15,12 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel
 
 from recallq.errors import ConfigurationError, MissingExtra
-from recallq_worker.backends.base import MemoryStore
+from recallq_worker.backends.base import MemoryBackend
 
 GROUP = "recallq.backends"
 _DISTRIBUTION = "recallq"
 
-_EXTRAS = {"in_memory": "worker", "redis": "worker"}
+_EXTRAS = {"in_memory": "worker", "redis": "worker", "mem0": "mem0"}
 """The extra that brings what a built-in backend needs."""
 
 
@@ -53,7 +53,7 @@ def available() -> list[BackendInfo]:
     return found
 
 
-def load(name: str) -> type[MemoryStore]:
+def load(name: str) -> type[MemoryBackend]:
     """The backend class called `name`.
 
     Raises `ConfigurationError` for an unknown name, `MissingExtra` if its libraries are missing.
@@ -73,7 +73,7 @@ def load(name: str) -> type[MemoryStore]:
                 f"memory backend {name!r} cannot be imported: {error}"
             ) from error
         raise MissingExtra(f"memory backend {name!r}", extra) from error
-    return cast("type[MemoryStore]", backend)
+    return cast("type[MemoryBackend]", backend)
 
 
 def missing_requirements(extra: str) -> list[str]:

@@ -1,0 +1,293 @@
+"""What the slow lane keeps in Redis: who waits, whose turn it is, and how far that went.
+
+Writes to a backend that extracts memories are handed over by their batch (`park`) and wait, each
+user's by themselves and in order. A worker takes up a user under a lease with a fencing token: a
+token that is not the last given for the user changes nothing any more. What came of a job is
+written into its batch in the ledger, and the batch is pushed, to be answered as any other.
+
+Everything a crash may fall between is one script. Of a user, by hash tag (see `recallq.keys`):
+
+    slow      when somebody may take up the user: after a pause for others to join, at the end of
+              the lease, when another attempt is due
+    waiting   job ids in order: deletes by their epoch (ms), which is below the order key (µs) of
+              any add, so they come first; what they concern is gone by then
+    pending   job id -> job;  job id and "+" -> earlier attempts
+    turn      t token   w worker, while there is one   d turns begun since one last came to an end
+              r the jobs worked on now   x set while they must not be disturbed
+              j token and journal of what is being stored   v "token:adopted" of the journal before
+              b until when to wait for another attempt   k<job> how often it died alone
+    done      what came of an add that may be submitted again, with its epoch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import orjson
+
+from recallq.contract import AddJob, AnyBatch, DeleteJob, fields_of
+from recallq.keys import Keys, escape
+from recallq.redis_client import RedisClient
+from recallq_worker import slow_scripts as scripts
+from recallq_worker.ledger import LEASE, WorkerLedger
+
+_LOOK_AGAIN = 60.0
+"""Seconds after which a batch is looked after whose jobs are in the slow lane."""
+_REMEMBERED = 30 * 24 * 3600
+"""Seconds for which it is remembered what came of an add that may be submitted again."""
+_MOST_JOBS = 200
+_MOST_BYTES = 4 * 1024 * 1024
+"""What one turn takes up of a user at most, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A job that a batch hands over to the slow lane."""
+
+    index: int
+    job: AddJob | DeleteJob
+    epoch: int
+    pause: float
+    """Seconds for which others may join before it is worked on."""
+
+
+@dataclass(slots=True)
+class PendingJob:
+    """A job in the slow lane."""
+
+    id: str
+    job: AddJob | DeleteJob
+    epoch: int
+    attempts: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Earlier attempts, oldest first: ``at``, ``error``."""
+
+    @property
+    def again(self) -> str:
+        """What is the same when the job is submitted once more; empty if nothing can be."""
+        return self.job.again or "" if isinstance(self.job, AddJob) else ""
+
+
+@dataclass(slots=True)
+class Turn:
+    """A user whom this worker has taken up."""
+
+    tag: str
+    token: str
+    begun: int
+    """Turns begun for the user since one last came to an end, this one included."""
+    journal: dict[str, Any] | None
+    """What the one before was storing when it was interrupted."""
+    journal_token: str
+    jobs: list[PendingJob]
+    unreadable: list[str] = field(default_factory=list)
+    """Ids of jobs that another version wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What to do with a job whose turn it is."""
+
+    what: str
+    """``go``, ``gone`` (nobody waits for it any more), ``cancelled`` or ``known``."""
+    outcome: bytes = b""
+    """What came of it before, of one that is known."""
+    deaths: int = 0
+    """How often a worker died while it ran this job alone."""
+
+
+class SlowLedger:
+    """The slow lane's state, as one worker process uses it. Errors are redis-py's."""
+
+    def __init__(self, redis: RedisClient, keys: Keys, ledger: WorkerLedger) -> None:
+        self._keys = keys
+        self._ledger = ledger
+        self._redis = redis
+        self._take = redis.register_script(scripts.TAKE)
+        self._park = redis.register_script(scripts.PARK)
+        self._begin = redis.register_script(scripts.BEGIN)
+        self._journal = redis.register_script(scripts.JOURNAL)
+        self._finish = redis.register_script(scripts.FINISH)
+        self._postpone = redis.register_script(scripts.POSTPONE)
+        self._release = redis.register_script(scripts.RELEASE)
+        self._renew = redis.register_script(scripts.RENEW)
+        self._script_keys = [keys.delayed, keys.held, keys.slow, keys.slow_tokens]
+        prefixes = (keys.waiting(""), keys.pending(""), keys.turn(""), keys.epochs_of(""))
+        self._common = [*ledger.script_arguments, *prefixes, keys.done("")[:-1]]
+
+    async def park(self, batch: AnyBatch, jobs: Iterable[Handover]) -> bool:
+        """Hands over the open jobs of a batch that runs here, all or none, and ends its run.
+
+        False if the batch is not ours any more. Repeating it changes nothing.
+        """
+        args: list[str | int | bytes] = []
+        for each in jobs:
+            job, scope = each.job, each.job.scope
+            session = scope.session_id or ""
+            kind = "a" if isinstance(job, AddJob) else "d"
+            header = f"{kind}|{each.epoch}|{batch.id}|{each.index}|{escape(session)}\n"
+            args += [
+                each.index,
+                job.id,
+                self._keys.user_tag(scope.tenant, scope.user_id),
+                kind,
+                job.order if isinstance(job, AddJob) else each.epoch,
+                each.epoch,
+                session,
+                int(each.pause * 1000),
+                job.again or "" if isinstance(job, AddJob) else "",
+                header.encode() + orjson.dumps(job, default=fields_of),
+            ]
+        ours, pushed = await self._park(
+            keys=self._script_keys,
+            args=[
+                *self._common,
+                batch.id,
+                self._ledger.worker_id,
+                int(_LOOK_AGAIN * 1000),
+                *args,
+            ],
+        )
+        await self._ledger.push(pushed)
+        return bool(ours)
+
+    async def take(self, most: int) -> tuple[float | None, list[Turn]]:
+        """Takes up to `most` users who are due.
+
+        Also returns the seconds until the next one will be, None if there is none.
+        """
+        wait, taken = await self._take(
+            keys=self._script_keys,
+            args=[
+                *self._common,
+                self._ledger.worker_id,
+                int(LEASE * 1000),
+                most,
+                _MOST_JOBS,
+                _MOST_BYTES,
+            ],
+        )
+        return (None if wait < 0 else float(wait) / 1000), [_turn(*each) for each in taken]
+
+    async def begin(
+        self, turn: Turn, jobs: Sequence[PendingJob], *, alone: bool = False, busy: bool = False
+    ) -> list[Verdict] | None:
+        """Begins work on jobs of a user, and on nothing else; says of each whether to go on.
+
+        `alone`: remember who it was if this process dies of it. `busy`: no delete shall interrupt.
+        None if it is not our turn any more.
+        """
+        args: list[str] = []
+        for each in jobs:
+            args += [each.id, each.job.scope.session_id or "", each.again]
+        said = await self._begin(
+            keys=self._script_keys,
+            args=[
+                *self._common,
+                turn.tag,
+                turn.token,
+                "1" if alone else "0",
+                "1" if busy else "0",
+                *args,
+            ],
+        )
+        return None if said is None else [_verdict(*each) for each in said]
+
+    async def journal(self, turn: Turn, intent: Mapping[str, Any]) -> bool:
+        """Notes what is about to be stored; False if it is not our turn any more."""
+        args: list[str | bytes] = [*self._common, turn.tag, turn.token, orjson.dumps(intent)]
+        return bool(await self._journal(keys=self._script_keys, args=args))
+
+    async def finish(
+        self,
+        turn: Turn,
+        outcomes: Sequence[tuple[PendingJob, bytes, bytes | None]],
+        *,
+        adopted: str = "",
+        unreadable: Sequence[tuple[str, bytes]] = (),
+    ) -> str | None:
+        """Answers jobs: of each its outcome, and what is to come of it when it is submitted again.
+
+        `adopted` is the token of the interrupted turn whose work is taken over. Returns None once
+        that is written; if it is not our turn any more, what became of what we have stored:
+        ``token:adopted`` if somebody has taken it over.
+        """
+        args: list[str | int | bytes] = []
+        for job, outcome, repeated in outcomes:
+            again = "" if repeated is None else job.again
+            args += [job.id, outcome, again, job.epoch, repeated or b""]
+        for job_id, outcome in unreadable:
+            args += [job_id, outcome, "", 0, b""]
+        written, verdict, pushed = await self._finish(
+            keys=self._script_keys,
+            args=[*self._common, turn.tag, turn.token, adopted, _REMEMBERED, *args],
+        )
+        await self._ledger.push(pushed)
+        return None if written else cast("bytes", verdict).decode()
+
+    async def postpone(self, turn: Turn, delay: float, jobs: Iterable[PendingJob]) -> None:
+        """Ends a turn, for another attempt in `delay` seconds."""
+        args: list[str | int | bytes] = []
+        for job in jobs:
+            tried = {"attempts": job.attempts, "history": job.history}
+            args += [job.id, orjson.dumps(tried)]
+        await self._postpone(
+            keys=self._script_keys,
+            args=[*self._common, turn.tag, turn.token, int(delay * 1000), *args],
+        )
+
+    async def release(self, turn: Turn) -> None:
+        """Ends a turn; what is left of the user's jobs may be taken up at once."""
+        await self._release(keys=self._script_keys, args=[*self._common, turn.tag, turn.token])
+
+    async def renew(self, turns: Sequence[Turn]) -> list[frozenset[str] | None]:
+        """Keeps the leases of turns. Returns of each the jobs that are asked to stop, None for one
+        that is not ours any more."""
+        args: list[str | int] = [int(LEASE * 1000)]
+        for turn in turns:
+            args += [turn.tag, turn.token]
+        told = await self._renew(keys=self._script_keys, args=[*self._common, *args])
+        return [
+            None if each == b"-" else frozenset(filter(None, each.decode().split(",")))
+            for each in told
+        ]
+
+
+def _turn(
+    tag: bytes, token: bytes, begun: int, journal: bytes, jobs: list[tuple[bytes, bytes, bytes]]
+) -> Turn:
+    before, _, intent = journal.partition(b" ")
+    turn = Turn(
+        tag.decode(),
+        token.decode(),
+        begun,
+        orjson.loads(intent) if intent else None,
+        before.decode(),
+        [],
+    )
+    for job_id, item, tried in jobs:
+        try:
+            turn.jobs.append(_pending(job_id.decode(), item, tried))
+        except ValueError:
+            turn.unreadable.append(job_id.decode())
+    return turn
+
+
+def _pending(job_id: str, item: bytes, tried: bytes) -> PendingJob:
+    header, _, body = item.partition(b"\n")
+    kind, epoch, *_ = header.decode().split("|")
+    job: AddJob | DeleteJob
+    job = (AddJob if kind == "a" else DeleteJob).model_validate_json(body)
+    pending = PendingJob(job_id, job, int(epoch))
+    if tried:
+        before = orjson.loads(tried)
+        pending.attempts, pending.history = before["attempts"], before["history"]
+    return pending
+
+
+def _verdict(what: bytes, detail: bytes) -> Verdict:
+    if what == b"go":
+        return Verdict("go", deaths=int(detail))
+    return Verdict(what.decode(), outcome=detail)

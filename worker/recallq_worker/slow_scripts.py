@@ -1,0 +1,331 @@
+"""The Lua scripts of the slow lane: each is one step that no crash falls into.
+
+The keys are described in `recallq_worker.slow_ledger`, which calls them.
+"""
+
+from __future__ import annotations
+
+from recallq_worker.ledger import REQUEUE
+
+# ARGV 1-4: push here (1/0), prefixes of queued sets, queues and batches; 5-9: prefixes of waiting,
+# pending, turns, epochs (where deletions leave their fences) and done. KEYS: delayed, held, slow,
+# tokens. `pushed` is what could not be pushed here.
+_PRELUDE = (
+    REQUEUE
+    + """
+local here, queued, queues, batches = unpack(ARGV, 1, 4)
+local waiting, pending, turns, epochs, done = unpack(ARGV, 5, 9)
+local delayed, held, slow = KEYS[1], KEYS[2], KEYS[3]
+local pushed = {}
+local FENCED = '{"result":{"record_ids":[],"added":0}}'
+
+-- kind, epoch, batch, index, session
+local function header(item)
+  return string.match(item, '^(%a)|(%d+)|([^|]*)|(%d+)|([^|\\n]*)\\n')
+end
+
+local function answer(id, index, outcome)
+  local batch = batches .. id
+  if redis.call('EXISTS', batch) == 0 then return end
+  redis.call('HSET', batch, 'u' .. index, outcome)
+  redis.call('HDEL', batch, 'g' .. index)
+  if redis.call('HGET', batch, 's') == 'queued' and redis.call('ZREM', delayed, id) == 1 then
+    pushed[#pushed + 1] = requeue(batch, id, here, queued, queues)
+  end
+end
+
+local function drop(tag, job)
+  redis.call('HDEL', pending .. tag, job, job .. '+')
+  redis.call('ZREM', waiting .. tag, job)
+end
+
+local function fence_of(tag, session)
+  local whole = tonumber(redis.call('HGET', epochs .. tag, '*') or '0')
+  return math.max(whole, tonumber(redis.call('HGET', epochs .. tag, 's:' .. session) or '0'))
+end
+
+-- What came of the same add before, unless a deletion has come since.
+local function known(tag, session, again)
+  local before = again ~= '' and redis.call('GET', done .. tag .. ':' .. again)
+  if not before then return nil end
+  local epoch, outcome = string.match(before, '^(%d+) (.*)$')
+  if tonumber(epoch) >= fence_of(tag, session) then return outcome end
+end
+
+local function mine(tag, token)
+  local last, worker = unpack(redis.call('HMGET', turns .. tag, 't', 'w'))
+  return last == token and worker
+end
+
+-- No job of the user is worked on any more.
+local function pause(tag)
+  local running = redis.call('HGET', turns .. tag, 'r') or ''
+  for job in string.gmatch(running, '[^,]+') do
+    local item = redis.call('HGET', pending .. tag, job)
+    if item then
+      local _, _, id, index = header(item)
+      redis.call('HDEL', batches .. id, 'g' .. index)
+    end
+  end
+  redis.call('HDEL', turns .. tag, 'r', 'x')
+end
+
+-- Nor does anybody work for them.
+local function rest(tag)
+  pause(tag)
+  redis.call('HDEL', turns .. tag, 'w')
+end
+"""
+)
+
+# ARGV 10-12: batch id, worker id, time (ms) after which the batch is looked after again. Of each
+# job then: index, job id, tag, "a" or "d", score, epoch, session ("" for all), pause (ms), what is
+# the same when it is submitted again, item.
+# A delete answers the older adds that wait, and need not let an extraction that has not begun to
+# store anything come to its end.
+PARK = (
+    _PRELUDE
+    + """
+local id = ARGV[10]
+local batch = batches .. id
+local owner, state = unpack(redis.call('HMGET', batch, 'w', 's'))
+if owner ~= ARGV[11] or state ~= 'running' then return {0, pushed} end
+local answered = false
+for at = 13, #ARGV, 10 do
+  local index, job, tag, kind, score, epoch, session, wait, again, item = unpack(ARGV, at, at + 9)
+  local outcome
+  if redis.call('HEXISTS', batch, 'u' .. index) == 1 then
+    answered = true
+  elseif redis.call('HEXISTS', pending .. tag, job) == 0 then
+    if kind == 'a' then
+      if tonumber(epoch) < fence_of(tag, session) then outcome = FENCED end
+      outcome = outcome or known(tag, session, again)
+    end
+    if outcome then
+      redis.call('HSET', batch, 'u' .. index, outcome)
+      answered = true
+    else
+      local turn = turns .. tag
+      local leased, retry, storing, busy = unpack(redis.call('HMGET', turn, 'w', 'b', 'j', 'x'))
+      if kind == 'd' then
+        local _, _, _, _, escaped = header(item)
+        for _, other in ipairs(redis.call('ZRANGE', waiting .. tag, 0, -1)) do
+          local what = redis.call('HGET', pending .. tag, other)
+          local of, old, at_id, at_index, in_session = header(what or '')
+          if of == 'a' and tonumber(old) < tonumber(epoch)
+             and (escaped == '' or in_session == escaped) then
+            answer(at_id, at_index, FENCED)
+            drop(tag, other)
+          end
+        end
+        if leased and not storing and not busy then
+          rest(tag)
+          redis.call('HSET', turn, 'd', 0)
+          leased = nil
+        end
+      end
+      redis.call('HSET', pending .. tag, job, item)
+      redis.call('ZADD', waiting .. tag, score, job)
+      if kind == 'd' and not leased then
+        redis.call('HDEL', turn, 'b')
+        redis.call('ZADD', slow, now, tag)
+      elseif not leased and (not retry or tonumber(retry) <= now) then
+        local due = redis.call('ZSCORE', slow, tag)
+        local at = now + tonumber(wait)
+        if not due or tonumber(due) > at then redis.call('ZADD', slow, at, tag) end
+      end
+    end
+  end
+end
+redis.call('HSET', batch, 's', 'queued', 'd', 0, 'y', 1)
+redis.call('HDEL', batch, 'w')
+redis.call('ZREM', held, id)
+if answered then
+  pushed[#pushed + 1] = requeue(batch, id, here, queued, queues)
+else
+  redis.call('ZADD', delayed, now + tonumber(ARGV[12]), id)
+end
+return {1, pushed}
+"""
+)
+
+# ARGV 10-14: worker id, lease (ms), most users, most jobs and bytes of each.
+# Returns the time (ms) until the next user is due, and of each: tag, token, turns begun, journal,
+# jobs as id, item, earlier attempts.
+TAKE = (
+    _PRELUDE
+    + """
+local taken = {}
+for _, tag in ipairs(redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, ARGV[12])) do
+  local turn = turns .. tag
+  rest(tag)
+  local jobs, bytes = {}, 0
+  for _, job in ipairs(redis.call('ZRANGE', waiting .. tag, 0, ARGV[13] - 1)) do
+    local item, tried = unpack(redis.call('HMGET', pending .. tag, job, job .. '+'))
+    if not item then
+      redis.call('ZREM', waiting .. tag, job)
+    elseif bytes <= tonumber(ARGV[14]) then
+      jobs[#jobs + 1] = {job, item, tried or ''}
+      bytes = bytes + #item
+    end
+  end
+  if #jobs == 0 then
+    redis.call('ZREM', slow, tag)
+    redis.call('PEXPIRE', turn, 3600000)
+  else
+    local token = redis.call('INCR', KEYS[4])
+    redis.call('HSET', turn, 't', token, 'w', ARGV[10])
+    redis.call('HDEL', turn, 'b')
+    redis.call('PERSIST', turn)
+    redis.call('ZADD', slow, now + tonumber(ARGV[11]), tag)
+    local begun = redis.call('HINCRBY', turn, 'd', 1)
+    taken[#taken + 1] = {tag, tostring(token), begun, redis.call('HGET', turn, 'j') or '', jobs}
+  end
+end
+local next = redis.call('ZRANGE', slow, 0, 0, 'WITHSCORES')
+return {next[2] and math.max(0, next[2] - now) or -1, taken}
+"""
+)
+
+# ARGV 10-13: tag, token, run alone (1/0), not to be disturbed (1/0); of each job then: id, session,
+# what is the same when it is submitted again.
+# Returns of each job: what to do with it, and what came of it before or how often it died alone.
+BEGIN = (
+    _PRELUDE
+    + """
+local tag, said, running = ARGV[10], {}, {}
+if not mine(tag, ARGV[11]) then return false end
+pause(tag)
+for at = 14, #ARGV, 3 do
+  local job, session, again = unpack(ARGV, at, at + 2)
+  local item = redis.call('HGET', pending .. tag, job)
+  local _, _, id, index = header(item or '')
+  local jobs, marks = unpack(redis.call('HMGET', batches .. (id or ''), 'n', 'c'))
+  local before = item and known(tag, session, again)
+  if not item or not jobs then
+    drop(tag, job)
+    said[#said + 1] = {'gone', ''}
+  elseif string.find(',' .. (marks or ''), ',' .. index .. ',', 1, true) then
+    said[#said + 1] = {'cancelled', ''}
+  elseif before then
+    said[#said + 1] = {'known', before}
+  else
+    local deaths = 0
+    if ARGV[12] == '1' then deaths = redis.call('HINCRBY', turns .. tag, 'k' .. job, 1) - 1 end
+    redis.call('HSET', batches .. id, 'g' .. index, 1)
+    running[#running + 1] = job
+    said[#said + 1] = {'go', tostring(deaths)}
+  end
+end
+redis.call('HSET', turns .. tag, 'r', table.concat(running, ','))
+if ARGV[13] == '1' then redis.call('HSET', turns .. tag, 'x', 1) end
+return said
+"""
+)
+
+# ARGV 10-12: tag, token, journal.
+JOURNAL = (
+    _PRELUDE
+    + """
+if not mine(ARGV[10], ARGV[11]) then return 0 end
+redis.call('HSET', turns .. ARGV[10], 'j', ARGV[11] .. ' ' .. ARGV[12])
+return 1
+"""
+)
+
+# ARGV 10-13: tag, token, token of the journal that was adopted or "", seconds to remember; of each
+# job then: id, outcome, what is the same when it is submitted again, epoch, what comes of it then.
+# Returns 1 if that is written, else 0 and what became of the last journal before.
+FINISH = (
+    _PRELUDE
+    + """
+local tag, turn = ARGV[10], turns .. ARGV[10]
+if not mine(tag, ARGV[11]) then return {0, redis.call('HGET', turn, 'v') or '', pushed} end
+for at = 14, #ARGV, 5 do
+  local job, outcome, again, epoch, repeated = unpack(ARGV, at, at + 4)
+  local item = redis.call('HGET', pending .. tag, job)
+  if item then
+    local _, _, id, index = header(item)
+    answer(id, index, outcome)
+    drop(tag, job)
+    if again ~= '' then
+      redis.call('SET', done .. tag .. ':' .. again, epoch .. ' ' .. repeated, 'EX', ARGV[13])
+    end
+  end
+  redis.call('HDEL', turn, 'k' .. job)
+end
+redis.call('HDEL', turn, 'j', 'r', 'x')
+redis.call('HSET', turn, 'd', 0)
+if ARGV[12] ~= '' then redis.call('HSET', turn, 'v', ARGV[12] .. ':adopted') end
+return {1, '', pushed}
+"""
+)
+
+# ARGV 10-12: tag, token, delay (ms); of each job then: id, its attempts.
+POSTPONE = (
+    _PRELUDE
+    + """
+local tag = ARGV[10]
+if not mine(tag, ARGV[11]) then return 0 end
+rest(tag)
+local due = now + tonumber(ARGV[12])
+redis.call('HSET', turns .. tag, 'd', 0, 'b', due)
+redis.call('ZADD', slow, due, tag)
+for at = 13, #ARGV, 2 do
+  if redis.call('HEXISTS', pending .. tag, ARGV[at]) == 1 then
+    redis.call('HSET', pending .. tag, ARGV[at] .. '+', ARGV[at + 1])
+    redis.call('HDEL', turns .. tag, 'k' .. ARGV[at])
+  end
+end
+return 1
+"""
+)
+
+# ARGV 10-11: tag, token. What is left may be taken up at once.
+RELEASE = (
+    _PRELUDE
+    + """
+local tag, turn = ARGV[10], turns .. ARGV[10]
+if not mine(tag, ARGV[11]) then return end
+for job in string.gmatch(redis.call('HGET', turn, 'r') or '', '[^,]+') do
+  if redis.call('HINCRBY', turn, 'k' .. job, -1) < 1 then redis.call('HDEL', turn, 'k' .. job) end
+end
+rest(tag)
+redis.call('HSET', turn, 'd', 0)
+if redis.call('ZCARD', waiting .. tag) > 0 then
+  redis.call('ZADD', slow, now, tag)
+else
+  redis.call('ZREM', slow, tag)
+  if redis.call('HEXISTS', turn, 'v') == 1 then redis.call('PEXPIRE', turn, 3600000)
+  else redis.call('DEL', turn) end
+end
+"""
+)
+
+# ARGV 10: lease (ms); of each user then: tag, token.
+# Returns of each the jobs worked on that are asked to stop; "-" if somebody else's turn it is.
+RENEW = (
+    _PRELUDE
+    + """
+local told = {}
+for at = 11, #ARGV, 2 do
+  local tag, token = ARGV[at], ARGV[at + 1]
+  if not mine(tag, token) then
+    told[#told + 1] = '-'
+  else
+    redis.call('ZADD', slow, now + tonumber(ARGV[10]), tag)
+    local stop = {}
+    for job in string.gmatch(redis.call('HGET', turns .. tag, 'r') or '', '[^,]+') do
+      local item = redis.call('HGET', pending .. tag, job)
+      local _, _, id, index = header(item or '')
+      local marks = item and redis.call('HGET', batches .. id, 'p') or ''
+      if not item or string.find(',' .. marks, ',' .. index .. ',', 1, true) then
+        stop[#stop + 1] = job
+      end
+    end
+    told[#told + 1] = table.concat(stop, ',')
+  end
+end
+return told
+"""
+)
