@@ -117,9 +117,7 @@ class ObedientExtractor(RedisStore):
             return 0
         return sum(len(message_text(each)) for each in submission.messages)
 
-    async def extract(
-        self, submissions: Sequence[Submission], journal: Journal
-    ) -> list[Extracted]:
+    async def extract(self, submissions: Sequence[Submission], journal: Journal) -> list[Extracted]:
         scope, texts = submissions[0].scope, _texts(submissions)
         namespace = self._keys.namespace
         started = {"user": scope.user_id, "session": scope.session_id, "texts": texts}

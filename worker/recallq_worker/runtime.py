@@ -100,7 +100,7 @@ class Runtime:
     def stop(self) -> None:
         """Closes everything and ends the loop."""
         with contextlib.suppress(concurrent.futures.TimeoutError):
-            self.submit(self._close()).result(timeout=15)
+            self.submit(self._close()).result(timeout=15 + self.settings.slow_patience)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=15)
 
@@ -212,6 +212,7 @@ class Runtime:
                 users_at_once=settings.slow_users,
                 token_budget=settings.slow_tokens,
                 timeout=settings.slow_timeout,
+                pause=settings.slow_pause,
             )
         dead_letters = DeadLetters(coordination, self._keys)
         runner = BatchRunner(
@@ -239,7 +240,7 @@ class Runtime:
         if services is not None:
             await services.runner.stop()
             if services.slow_lane is not None:
-                await services.slow_lane.stop()
+                await services.slow_lane.stop(self.settings.slow_patience)
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

@@ -51,6 +51,9 @@ class WorkerSettings(ClientSettings):
     """Most tokens of messages in one extraction, about; a single add may have more."""
     slow_timeout: float = Field(120.0, gt=0)
     """Longest extraction; after it the adds are tried again."""
+    slow_patience: float = Field(10.0, ge=0)
+    """How long a worker that is to stop lets its extractions come to their end, before it leaves
+    them to others."""
 
     store_url: str = Field("", repr=False)
     """The Redis in which the redis backend keeps memories; redis_url by default."""

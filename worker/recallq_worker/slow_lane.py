@@ -93,8 +93,10 @@ class SlowLane:
         users_at_once: int,
         token_budget: int,
         timeout: float,
+        pause: float,
     ) -> None:
-        """`timeout` in seconds: the longest that one call of the extractor may take."""
+        """`timeout` in seconds: the longest that one call of the extractor may take; `pause`: for
+        how long adds that are left after a turn wait for others."""
         self._extractor = extractor
         self._ledger = ledger
         self._retries = retries
@@ -102,8 +104,10 @@ class SlowLane:
         self._users_at_once = users_at_once
         self._token_budget = token_budget
         self._timeout = timeout
+        self._pause = pause
         self._active: dict[str, _Active] = {}
         self._news = asyncio.Event()
+        self._stopping = False
 
     def look(self, delay: float = 0.0) -> None:
         """Says that somebody will be due, in `delay` seconds."""
@@ -115,20 +119,23 @@ class SlowLane:
             group.create_task(self._take_up())
             group.create_task(self._keep_leases())
 
-    async def stop(self) -> None:
-        """Hands back what runs here; what cannot be handed back in time is found by others."""
-        tasks = [each.task for each in self._active.values()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=_FAREWELL + 1)
+    async def stop(self, patience: float = 0.0) -> None:
+        """Takes up nobody any more, and hands back what has not come to its end after `patience`
+        seconds; what cannot be handed back in time is found by others."""
+        self._stopping = True
+        for wait in (patience, _FAREWELL + 1):
+            tasks = [each.task for each in self._active.values()]
+            if tasks and wait:
+                await asyncio.wait(tasks, timeout=wait)
+            for each in self._active.values():
+                each.task.cancel()
 
     async def _take_up(self) -> None:
         while True:
             wait: float | None = None
             self._news.clear()
             room = self._users_at_once - len(self._active)
-            if room > 0:
+            if room > 0 and not self._stopping:
                 try:
                     async with asyncio.timeout(COMMAND_TIMEOUT):
                         wait, turns = await self._ledger.take(room)
@@ -137,12 +144,27 @@ class SlowLane:
                     await asyncio.sleep(0.5)
                     continue
                 for turn in turns:
+                    self._overtake(turn)
                     task = asyncio.create_task(self._have(turn))
                     self._active[turn.token] = _Active(turn, task)
             nap = _LOOK_EVERY * random.uniform(0.7, 1.0)  # noqa: S311  # not all at one moment
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(nap if wait is None else min(wait, nap)):
                     await self._news.wait()
+
+    def _overtake(self, turn: Turn) -> None:
+        """Stops what still runs here for a user whose turn has begun anew."""
+        for each in self._active.values():
+            if each.turn.tag == turn.tag:
+                each.lost = True
+                self._interrupt(each)
+
+    @staticmethod
+    def _interrupt(active: _Active) -> None:
+        """Stops the call that runs, unless it may be storing something: then it finds out later."""
+        if active.running and not active.storing and not active.stopped:
+            active.stopped = True
+            active.task.cancel()
 
     async def _keep_leases(self) -> None:
         while True:
@@ -157,13 +179,9 @@ class SlowLane:
                 log.warning("cannot renew leases yet: %s", type(error).__name__)
                 continue
             for each, stop in zip(active, told, strict=True):
-                if stop is None:
-                    each.lost = True
-                if each.storing or not each.running or each.stopped:
-                    continue  # it will find out when it is done
+                each.lost = each.lost or stop is None
                 if each.lost or each.running <= (stop or frozenset()):
-                    each.stopped = True
-                    each.task.cancel()
+                    self._interrupt(each)
 
     # --- one turn -------------------------------------------------------------------------------
 
@@ -176,7 +194,7 @@ class SlowLane:
                 jobs = active.postponed
                 await insistently(lambda: self._ledger.postpone(turn, active.delay, jobs))
             else:
-                await insistently(lambda: self._ledger.release(turn))
+                await insistently(lambda: self._ledger.release(turn, self._pause))
         except Superseded:
             log.info("a turn in the slow lane was taken over")
         except asyncio.CancelledError:

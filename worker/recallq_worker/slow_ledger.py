@@ -238,9 +238,10 @@ class SlowLedger:
             args=[*self._common, turn.tag, turn.token, int(delay * 1000), *args],
         )
 
-    async def release(self, turn: Turn) -> None:
-        """Ends a turn; what is left of the user's jobs may be taken up at once."""
-        await self._release(keys=self._script_keys, args=[*self._common, turn.tag, turn.token])
+    async def release(self, turn: Turn, pause: float = 0.0) -> None:
+        """Ends a turn. What is left of the user's adds may be taken up after `pause` seconds."""
+        args = [*self._common, turn.tag, turn.token, int(pause * 1000)]
+        await self._release(keys=self._script_keys, args=args)
 
     async def renew(self, turns: Sequence[Turn]) -> list[frozenset[str] | None]:
         """Keeps the leases of turns. Returns of each the jobs that are asked to stop, None for one

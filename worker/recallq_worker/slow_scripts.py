@@ -281,7 +281,7 @@ return 1
 """
 )
 
-# ARGV 10-11: tag, token. What is left may be taken up at once.
+# ARGV 10-12: tag, token, pause (ms) for others to join what is left.
 RELEASE = (
     _PRELUDE
     + """
@@ -292,8 +292,10 @@ for job in string.gmatch(redis.call('HGET', turn, 'r') or '', '[^,]+') do
 end
 rest(tag)
 redis.call('HSET', turn, 'd', 0)
-if redis.call('ZCARD', waiting .. tag) > 0 then
-  redis.call('ZADD', slow, now, tag)
+local next = redis.call('ZRANGE', waiting .. tag, 0, 0)[1]
+if next then
+  local kind = header(redis.call('HGET', pending .. tag, next) or '')
+  redis.call('ZADD', slow, kind == 'a' and now + tonumber(ARGV[12]) or now, tag)
 else
   redis.call('ZREM', slow, tag)
   if redis.call('HEXISTS', turn, 'v') == 1 then redis.call('PEXPIRE', turn, 3600000)
