@@ -1,0 +1,99 @@
+"""What went wrong in mem0, in the errors that backends raise.
+
+mem0 hands on the errors of whichever LLM, embedder and vector store it was told to use. They are
+told apart by what they have in common: an HTTP status, else what they are called. Their words are
+not repeated: they may hold keys, and what users said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from recallq.errors import BackendError, BackendUnavailable, JobError
+
+_PASSING = frozenset({408, 409, 423, 425, 429})
+_UNREACHABLE = re.compile(
+    "Timeout|TimedOut|Connection|Connect|Transport|Network|Unavailable|OperationalError"
+    "|ResponseHandling|RateLimit|Overloaded|Throttl|ServerError"
+)
+_NO_ACCESS = re.compile("Authentication|PermissionDenied|Unauthorized|Forbidden|Credential")
+
+
+class UnusableAnswer(Exception):
+    """The LLM answered something else than it was asked for."""
+
+
+def as_job_error(error: BaseException, doing: str) -> JobError | None:
+    """What to raise for `error`; None if nobody has foreseen it. `doing` begins the message."""
+    for each in _chain(error):
+        if isinstance(each, JobError):
+            return each
+        if isinstance(each, UnusableAnswer):
+            return BackendUnavailable(f"{doing}: {each}")
+        status = _status(each)
+        if status is not None:
+            return _of_status(each, status, doing)
+        name = type(each).__name__
+        if _NO_ACCESS.search(name):
+            return BackendError(f"{doing}: {name}; check the key")
+        if isinstance(each, OSError | EOFError) or _UNREACHABLE.search(name):
+            return BackendUnavailable(f"{doing}: {name}", retry_after=_retry_after(each))
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """What an error was raised for, innermost first: that says best what it is."""
+    found = [error]
+    while (cause := found[-1].__cause__) is not None and cause not in found:
+        found.append(cause)
+    return reversed(found)
+
+
+def _status(error: BaseException) -> int | None:
+    debug = getattr(error, "debug_info", None)
+    candidates = [
+        getattr(error, "status_code", None),
+        getattr(getattr(error, "response", None), "status_code", None),
+        debug.get("status_code") if isinstance(debug, Mapping) else None,
+    ]
+    return next((each for each in candidates if isinstance(each, int) and each >= 400), None)
+
+
+def _of_status(error: BaseException, status: int, doing: str) -> JobError:
+    said = f"{doing}: HTTP {status}"
+    code = getattr(error, "code", None)
+    if isinstance(code, str) and re.fullmatch(r"[\w.-]{1,60}", code):
+        said += f" ({code})"
+    if status in _PASSING or status >= 500:
+        return BackendUnavailable(said, retry_after=_retry_after(error))
+    if status in (401, 403):
+        said += "; check the key and its rights"
+    return BackendError(said)
+
+
+def _retry_after(error: BaseException) -> float | None:
+    """The wait that a server asked for, in seconds."""
+    debug = getattr(error, "debug_info", None)
+    if isinstance(debug, Mapping) and isinstance(debug.get("retry_after"), int | float):
+        return float(debug["retry_after"])
+    headers: Any = getattr(getattr(error, "response", None), "headers", None)
+    if headers is None:
+        return None
+    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        said = headers.get(name)
+        if said is None:
+            continue
+        try:
+            return max(float(said) * scale, 0.0)
+        except ValueError:
+            pass
+        try:
+            until = parsedate_to_datetime(said)
+        except ValueError:
+            continue
+        return max((until - datetime.now(UTC)).total_seconds(), 0.0)
+    return None
