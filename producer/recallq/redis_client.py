@@ -20,11 +20,13 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+import redis
 from redis import DriverInfo, exceptions
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry as SyncRetry
 
 from recallq.errors import ServiceUnavailable
 
@@ -83,6 +85,40 @@ def connect(
         **options,
     )
     return Redis.from_pool(pool)
+
+
+def connect_threads(
+    url: str,
+    *,
+    max_connections: int = 16,
+    connect_timeout: float = 5.0,
+    command_timeout: float = COMMAND_TIMEOUT,
+) -> redis.Redis:
+    """The same for code that runs in threads; replies are bytes.
+
+    A socket timeout bounds every command here. One that ran into it is not sent again, so that a
+    call ends in a known time; one whose connection broke is, so only commands that may be repeated
+    belong here. Threads beyond `max_connections` wait for a free one.
+    """
+    options: dict[str, Any] = {}
+    if not url.startswith("unix://"):
+        options = {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
+    pool = redis.BlockingConnectionPool.from_url(
+        url,
+        max_connections=max_connections,
+        timeout=command_timeout,
+        socket_connect_timeout=connect_timeout,
+        socket_timeout=command_timeout,
+        health_check_interval=30,
+        driver_info=_DRIVER,
+        retry=SyncRetry(
+            ExponentialWithJitterBackoff(base=0.05, cap=1.0),
+            3,
+            supported_errors=(exceptions.ConnectionError,),
+        ),
+        **options,
+    )
+    return redis.Redis.from_pool(pool)
 
 
 def check_url(url: str) -> str:

@@ -1,8 +1,8 @@
 """Which LLM and which embedding model the worker's backends use, where they let it choose.
 
 ``RECALLQ_LLM_*`` and ``RECALLQ_EMBEDDING_*`` say it; what they leave open comes from the variables
-that OpenAI's and DashScope's own clients read. Both are spoken to by OpenAI's protocol, as are vLLM,
-Ollama and most others: set the base URL.
+that OpenAI's and DashScope's own clients read. Both are spoken to by OpenAI's protocol, as are
+vLLM, Ollama and most others: set the base URL.
 """
 
 from __future__ import annotations

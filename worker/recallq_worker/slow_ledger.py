@@ -240,7 +240,7 @@ class SlowLedger:
 
     async def release(self, turn: Turn, pause: float = 0.0) -> None:
         """Ends a turn. What is left of the user's adds may be taken up after `pause` seconds."""
-        args = [*self._common, turn.tag, turn.token, int(pause * 1000)]
+        args: list[str | int] = [*self._common, turn.tag, turn.token, int(pause * 1000)]
         await self._release(keys=self._script_keys, args=args)
 
     async def renew(self, turns: Sequence[Turn]) -> list[frozenset[str] | None]:

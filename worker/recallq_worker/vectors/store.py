@@ -22,10 +22,10 @@ import numpy.typing as npt
 from redis.commands.core import Script
 
 from recallq.errors import BackendError
-from recallq.redis_client import COMMAND_TIMEOUT, check_url
+from recallq.redis_client import COMMAND_TIMEOUT, check_url, connect_threads
 from recallq_worker.backends.base import Added
 from recallq_worker.vectors import scripts
-from recallq_worker.vectors.client import asking, connect
+from recallq_worker.vectors.client import asking
 from recallq_worker.vectors.replicas import (
     Floats,
     Replica,
@@ -94,7 +94,9 @@ class RedisVectors:
         self._url = check_url(url)
         self._text = text
         self._shelf = Shelf(cache_bytes)
-        self._redis = connect(url, connect_timeout=connect_timeout, command_timeout=command_timeout)
+        self._redis = connect_threads(
+            url, connect_timeout=connect_timeout, command_timeout=command_timeout
+        )
         self._upsert = self._redis.register_script(scripts.UPSERT)
         self._update = self._redis.register_script(scripts.UPDATE)
         self._remove = self._redis.register_script(scripts.REMOVE)

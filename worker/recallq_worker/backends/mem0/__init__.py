@@ -18,6 +18,6 @@ if "MEM0_DIR" not in os.environ:
     os.environ["MEM0_DIR"] = _directory
     atexit.register(shutil.rmtree, _directory, ignore_errors=True)
 
-from recallq_worker.backends.mem0.backend import Mem0Backend  # noqa: E402  # see above
+from recallq_worker.backends.mem0.backend import Mem0Backend
 
 __all__ = ["Mem0Backend"]

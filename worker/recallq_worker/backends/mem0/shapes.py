@@ -143,9 +143,7 @@ def row_of(memory_id: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         **{key: payload.get(key) for key in ("role", "actor_id", "attributed_to", SESSION)},
         "created_at": payload.get("created_at"),
         "metadata": {
-            key: value
-            for key, value in payload.items()
-            if key not in _TAKEN or key in OWN_FIELDS
+            key: value for key, value in payload.items() if key not in _TAKEN or key in OWN_FIELDS
         },
     }
 

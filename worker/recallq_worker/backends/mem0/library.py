@@ -1,0 +1,486 @@
+"""mem0's open-source library as a memory backend.
+
+The library is synchronous, so its calls run in threads: extractions in some of their own, so that
+searches never wait for them. What it extracts comes out as a draft (`drafts`), which is then stored
+in one step, under ids and with fields of ours. mem0's vector stores know nothing of deletion
+epochs; the one on Redis does (`vector_store`), and reads pages and deletes a user at a flat cost.
+With any other, listing and deleting read all of a user's memories.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self, TypeAlias, TypeVar
+
+# mem0 carries annotations here and there, and no marker that it does.
+from mem0 import Memory  # type: ignore[import-untyped]
+from pydantic import ValidationError
+
+from recallq.contract import Health, Scope, timestamp
+from recallq.errors import BackendError, ConfigurationError, JobError
+from recallq_worker.backends.base import (
+    Added,
+    Extracted,
+    Hit,
+    Journal,
+    Record,
+    Submission,
+    Superseded,
+)
+from recallq_worker.backends.mem0 import shapes
+from recallq_worker.backends.mem0.backend import Mem0Backend, together
+from recallq_worker.backends.mem0.drafts import (
+    CheckedLlm,
+    Draft,
+    DraftedStore,
+    DraftingEmbedder,
+    DraftRow,
+    drafting,
+)
+from recallq_worker.backends.mem0.failures import as_job_error
+from recallq_worker.backends.mem0.recent import RecentMessages
+from recallq_worker.backends.mem0.settings import Mem0Settings, batch_limit, complete
+from recallq_worker.backends.mem0.vector_store import RedisVectorStore, owner_is, register
+from recallq_worker.models import ModelSettings
+from recallq_worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Rows: TypeAlias = list[tuple[str, dict[str, Any]]]
+"""Ids and payloads. Inside the class, `list` is a method."""
+Records: TypeAlias = list[Record]
+
+_READERS = 64
+"""Searches and lists that wait for an embedding or a vector store at once."""
+_IDS = uuid.UUID("5d7d4b0e-6f0a-4b5e-9a53-0f6ce0f0c9b1")
+"""The namespace of ids that are made of record ids."""
+_DEFAULT_THRESHOLD = 0.1
+"""mem0's own: less similar memories are not looked at."""
+_FIRST_PAGE = 1000
+
+
+@dataclass(slots=True)
+class _Finished:
+    """A draft as it is to be stored."""
+
+    draft: Draft
+    epoch: int
+    extracted: list[Extracted]
+
+    @property
+    def ids(self) -> list[str]:
+        return [row.id for row in self.draft.memories]
+
+
+class Mem0Library(Mem0Backend):
+    """One ``mem0.Memory`` for all users."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        *,
+        infer: bool,
+        store_url: str,
+        namespace: str,
+        most_texts: int,
+        extractions: int = 64,
+        timeout: float = 120.0,
+        connect_timeout: float = 5.0,
+    ) -> None:
+        """`config` is a complete mem0 configuration. `most_texts` may be embedded by one request;
+        `extractions` run at once; `timeout`, in seconds, bounds each request."""
+        super().__init__(infer=infer)
+        self._config = config
+        self._store_url = store_url
+        self._namespace = namespace
+        self._most_texts = most_texts
+        self._timeout = timeout
+        self._connect_timeout = connect_timeout
+        self._extractors = ThreadPoolExecutor(extractions, thread_name_prefix="mem0-extract")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="mem0-read")
+        self._memory: Any = None
+        self._store: Any = None
+        self._entities: Any = None
+        self._recent: RecentMessages
+
+    @classmethod
+    def from_both(cls, settings: WorkerSettings, own: Mem0Settings) -> Self:
+        models = ModelSettings.load()
+        config = complete(
+            own.given(),
+            models,
+            store_url=settings.store_url,
+            namespace=settings.namespace,
+            infer=own.infer,
+        )
+        return cls(
+            config,
+            infer=own.infer,
+            store_url=settings.store_url,
+            namespace=settings.namespace,
+            most_texts=batch_limit(config, models),
+            extractions=settings.slow_users,
+            timeout=settings.slow_timeout,
+            connect_timeout=settings.connect_timeout,
+        )
+
+    # --- life -----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Makes the ``Memory``, which may connect and take seconds. Raises `ConfigurationError`
+        and the errors of a backend."""
+        await self._reading(self._open, "starting mem0")
+
+    def _open(self) -> None:
+        register()
+        # It is told apart below what fails, and its own words quote users.
+        logging.getLogger("mem0").setLevel(logging.CRITICAL)
+        try:
+            memory = Memory.from_config(self._config)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, problem["loc"]))
+            raise ConfigurationError(f"the mem0 configuration: {place}: {problem['msg']}") from None
+        except (ImportError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"mem0 does not take its configuration: {type(error).__name__}: {error}"
+            ) from None
+        self._memory = memory
+        self._store = memory.vector_store
+        # mem0 makes it when it first needs it, and removes nobody from it before.
+        self._entities = memory.entity_store
+        for part in (memory.llm, memory.embedding_model):
+            _settle_client(part, self._timeout)
+        memory.vector_store = DraftedStore(self._store)
+        memory._entity_store = DraftedStore(self._entities, entities=True)  # noqa: SLF001
+        memory.embedding_model = DraftingEmbedder(memory.embedding_model, self._most_texts)
+        memory.llm = CheckedLlm(memory.llm)
+        memory.db.close()
+        memory.db = self._recent = RecentMessages(
+            self._store_url, f"{self._namespace}:mem0", connect_timeout=self._connect_timeout
+        )
+        self._ask_store()
+
+    async def stop(self) -> None:
+        self._extractors.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        memory, self._memory = self._memory, None
+        if memory is None:
+            return
+        parts = (self._store, self._entities, memory.llm.inner, memory.embedding_model.inner)
+        for part in (self._recent, *parts, *(getattr(each, "client", None) for each in parts)):
+            close = getattr(part, "close", None)
+            if callable(close):
+                try:
+                    close()
+                except Exception as error:  # noqa: BLE001  # any library's; and it is over
+                    log.debug("closing a part of mem0: %s", type(error).__name__)
+
+    # --- extracting -----------------------------------------------------------------------------
+
+    async def extract(self, submissions: Sequence[Submission], journal: Journal) -> list[Extracted]:
+        finished = await self._extracting(
+            lambda: self._draft(submissions), "extracting memories with mem0"
+        )
+        if finished.ids:
+            await journal({"owner": finished.draft.owner, "ids": finished.ids})
+            # From here on a thread writes: whoever is to stop waits until it has.
+            store = asyncio.ensure_future(
+                self._extracting(lambda: self._write(finished), "storing memories")
+            )
+            try:
+                await asyncio.shield(store)
+            except asyncio.CancelledError:
+                await asyncio.wait([store])
+                raise
+        return finished.extracted
+
+    def _draft(self, submissions: Sequence[Submission]) -> _Finished:
+        """Has mem0 make memories of the submissions, without storing any."""
+        scope, last = submissions[0].scope, submissions[-1]
+        draft = Draft(run=shapes.session(scope) or "", owner=shapes.owner(scope))
+        infer = self.infers(last)
+        sent = [
+            (each, index, message)
+            for each in submissions
+            for index, message in shapes.messages(each, infer=infer).items()
+        ]
+        lowest = min(each.epoch for each in submissions)
+        if not sent:
+            return _Finished(draft, lowest, together([], len(submissions)))
+        with owner_is(draft.owner, epoch=lowest), drafting(draft):
+            if not infer:
+                # mem0 would ask for each by itself, one after the other.
+                self._memory.embedding_model.embed_batch([each["content"] for *_, each in sent])
+            self._memory.add(
+                [message for *_, message in sent],
+                user_id=draft.owner,
+                run_id=draft.run,
+                metadata=shapes.metadata_of_all(last) if infer else None,
+                infer=infer,
+            )
+        if not infer:
+            return self._as_they_are(draft, submissions, sent)
+        ids: dict[str, str] = {}
+        for place, row in enumerate(draft.memories):
+            # Sorted by id, memories of one extraction are in the order in which mem0 made them.
+            ids[row.id] = row.id = f"{place:08x}{row.id[8:]}"
+            _mark(row, last.order, lowest)
+        payloads = [each.payload for each in draft.entities] + [*draft.entity_updates.values()]
+        for payload in payloads:
+            linked = payload.get("linked_memory_ids") or []
+            payload["linked_memory_ids"] = sorted(ids.get(each, each) for each in linked)
+            payload[shapes.EPOCH] = lowest
+        extracted = together([row.id for row in draft.memories], len(submissions))
+        return _Finished(draft, lowest, extracted)
+
+    def _as_they_are(
+        self,
+        draft: Draft,
+        submissions: Sequence[Submission],
+        sent: Sequence[tuple[Submission, int, dict[str, Any]]],
+    ) -> _Finished:
+        """Every message a memory, under an id that is the same whenever it is stored."""
+        found: dict[str, list[str]] = {each.job_id: [] for each in submissions}
+        for row, (submission, index, message) in zip(draft.memories, sent, strict=True):
+            original = submission.messages[index]
+            row.id = _id_of(submission.record_ids[index], index)
+            row.payload |= shapes.metadata(original) | shapes.whole(original, message)
+            _mark(row, submission.order, submission.epoch)
+            found[submission.job_id].append(row.id)
+        extracted = [
+            Extracted(found[each.job_id], len(found[each.job_id]), len(submissions))
+            for each in submissions
+        ]
+        return _Finished(draft, min(each.epoch for each in submissions), extracted)
+
+    def _write(self, finished: _Finished) -> None:
+        """Stores a draft. Repeating it after a failure changes nothing that was stored."""
+        draft = finished.draft
+        rows = draft.memories
+        vectors, payloads, ids = [r.vector for r in rows], [r.payload for r in rows], finished.ids
+        if isinstance(self._store, RedisVectorStore):
+            added = self._store.store(vectors, payloads, ids)
+            if added and set(added) == {Added.FENCED}:
+                raise Superseded
+        else:
+            self._store.insert(vectors=vectors, payloads=payloads, ids=ids)
+        with owner_is(draft.owner, epoch=finished.epoch):
+            self._write_beside(finished)
+
+    def _write_beside(self, finished: _Finished) -> None:
+        """What helps mem0 find and make memories, and is no memory: if it fails, it is missing."""
+        draft = finished.draft
+        try:
+            if draft.entities:
+                self._entities.insert(
+                    vectors=[row.vector for row in draft.entities],
+                    payloads=[row.payload for row in draft.entities],
+                    ids=[row.id for row in draft.entities],
+                )
+            for entity_id, payload in draft.entity_updates.items():
+                self._entities.update(vector_id=entity_id, vector=None, payload=payload)
+            if draft.said:
+                self._recent.save(draft.owner, draft.run, draft.said, finished.epoch)
+        except Exception as error:  # noqa: BLE001  # of whichever library
+            log.warning("what mem0 keeps beside memories is not stored: %s", type(error).__name__)
+
+    async def recover(
+        self, submissions: Sequence[Submission], intent: dict[str, Any]
+    ) -> list[Extracted] | None:
+        return await self._extracting(
+            lambda: self._recover(submissions, intent["owner"], intent["ids"]),
+            "looking for memories that were stored",
+        )
+
+    def _recover(
+        self, submissions: Sequence[Submission], owner: str, ids: Sequence[str]
+    ) -> list[Extracted] | None:
+        with owner_is(owner):
+            found = [each for each in ids if self._store.get(vector_id=each) is not None]
+            if submissions and len(found) == len(ids):
+                if self.infers(submissions[0]):
+                    return together(ids, len(submissions))
+                return _by_submission(submissions, ids)
+            for each in found:
+                self._store.delete(vector_id=each)
+        return None
+
+    # --- reading --------------------------------------------------------------------------------
+
+    async def search(
+        self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
+    ) -> list[Hit]:
+        least = 0.0 if score_threshold is None else score_threshold
+        if least > 1:
+            return []
+        considered = min(max(least, 0.0), _DEFAULT_THRESHOLD)
+        if score_threshold is None:
+            considered = _DEFAULT_THRESHOLD
+        filters = self._filters(scope)
+
+        def look() -> list[dict[str, Any]]:
+            with owner_is(filters[shapes.USER]):
+                found = self._memory.search(
+                    query, top_k=top_k, filters=filters, threshold=considered
+                )
+            return list(found["results"])
+
+        rows = await self._reading(look, "searching with mem0")
+        hits = [shapes.hit(scope, row) for row in rows]
+        hits.sort(key=lambda hit: (-hit.score, -hit.record.order, hit.record.record_id))
+        return [hit for hit in hits if hit.score >= least]
+
+    async def list(self, scope: Scope, *, offset: int, limit: int) -> list[Record]:
+        def look() -> Records:
+            if isinstance(self._store, RedisVectorStore):
+                page = self._store.vectors.page(
+                    shapes.owner(scope), group=shapes.session(scope), offset=offset, limit=limit
+                )
+                return _records(scope, ((row.id, row.payload) for row in page))
+            records = _records(scope, self._every_row(scope))
+            records.sort(key=lambda record: (record.order, record.record_id))
+            return records[offset : offset + limit]
+
+        return await self._reading(look, "listing memories")
+
+    async def delete(self, scope: Scope, *, before_epoch: int) -> int:
+        def remove() -> int:
+            owner, run = shapes.owner(scope), shapes.session(scope)
+            self._recent.forget(owner, run, before_epoch)
+            if not isinstance(self._store, RedisVectorStore):
+                return self._delete_one_by_one(scope, before_epoch)
+            if isinstance(self._entities, RedisVectorStore):
+                self._entities.vectors.delete(owner, group=run, before_epoch=before_epoch)
+            return self._store.vectors.delete(owner, group=run, before_epoch=before_epoch)
+
+        return await self._reading(remove, "deleting memories")
+
+    def _delete_one_by_one(self, scope: Scope, before_epoch: int) -> int:
+        removed = 0
+        while True:
+            # Some stores return a part of what they have: again, until there is nothing.
+            victims = [
+                row_id
+                for row_id, payload in self._every_row(scope)
+                if shapes.epoch(payload) < before_epoch
+            ]
+            if not victims:
+                return removed
+            for row_id in victims:
+                try:
+                    self._memory.delete(row_id)
+                except ValueError:
+                    continue  # mem0's word for one that is gone
+                removed += 1
+
+    def _every_row(self, scope: Scope) -> Rows:
+        """All of a scope's rows, from a store that can only be asked for the first so many."""
+        wanted = _FIRST_PAGE
+        while True:
+            listed = self._store.list(filters=self._filters(scope), top_k=wanted)
+            rows = listed[0] if listed and isinstance(listed[0], list | tuple) else listed
+            if len(rows or ()) < wanted:
+                return [(str(row.id), row.payload or {}) for row in rows or ()]
+            wanted *= 4
+
+    def _filters(self, scope: Scope) -> dict[str, str]:
+        filters = {shapes.USER: shapes.owner(scope)}
+        run = shapes.session(scope)
+        return filters if run is None else {**filters, shapes.SESSION: run}
+
+    # --- the rest -------------------------------------------------------------------------------
+
+    async def health(self) -> Health:
+        try:
+            detail = await self._reading(self._ask, "asking mem0's parts")
+        except JobError as error:
+            return Health(ok=False, backend=self.name, detail=str(error))
+        except Exception as error:  # noqa: BLE001  # it does not raise
+            return Health(ok=False, backend=self.name, detail=type(error).__name__)
+        return Health(ok=True, backend=self.name, detail=detail)
+
+    def _ask(self) -> str:
+        self._ask_store()
+        for part in (self._memory.llm.inner, self._memory.embedding_model.inner):
+            _ask_models(part)
+        return f"mem0 with {self._memory.config.vector_store.provider}"
+
+    def _ask_store(self) -> None:
+        if isinstance(self._store, RedisVectorStore):
+            self._store.vectors.ping()
+        else:
+            self._store.list_cols()
+
+    async def _extracting(self, work: Callable[[], T], doing: str) -> T:
+        return await self._in_thread(self._extractors, work, doing)
+
+    async def _reading(self, work: Callable[[], T], doing: str) -> T:
+        return await self._in_thread(self._readers, work, doing)
+
+    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T], doing: str) -> T:
+        """Runs mem0's code in a thread, in the errors that backends raise."""
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(threads, partial(context.run, work))
+        except (JobError, ConfigurationError, Superseded):
+            raise
+        except Exception as error:
+            told = as_job_error(error, doing)
+            if told is None:
+                raise
+            raise told from error
+
+
+def _settle_client(part: Any, timeout: float) -> None:
+    """An openai client's patience. It would try again by itself, three times in all, and wait ten
+    minutes; trying again is the slow lane's work, and searches are tried again by whoever asked."""
+    client: Any = getattr(part, "client", None)
+    if callable(getattr(client, "with_options", None)):
+        part.client = client.with_options(max_retries=0, timeout=timeout)
+
+
+def _ask_models(part: Any) -> None:
+    """Asks an OpenAI-compatible server for its models, which costs nothing."""
+    client: Any = getattr(part, "client", None)
+    if callable(getattr(client, "with_options", None)):
+        try:
+            client.with_options(timeout=5.0).models.list()
+        except Exception as error:
+            told = as_job_error(error, f"asking {type(part).__name__} for its models")
+            if isinstance(told, BackendError) and getattr(error, "status_code", 0) == 404:
+                return  # not every server has such a list, but it is there
+            raise
+
+
+def _mark(row: DraftRow, order: int, epoch: int) -> None:
+    row.payload |= {shapes.ORDER: order, shapes.EPOCH: epoch}
+    row.payload["created_at"] = row.payload["updated_at"] = timestamp(order).isoformat()
+
+
+def _id_of(record_id: str, index: int) -> str:
+    """A UUID, as some vector stores want; those of one add sort by its messages."""
+    return f"{index:08x}{str(uuid.uuid5(_IDS, record_id))[8:]}"
+
+
+def _by_submission(submissions: Sequence[Submission], ids: Sequence[str]) -> list[Extracted]:
+    known, found = set(ids), []
+    for each in submissions:
+        made = [_id_of(record_id, index) for index, record_id in enumerate(each.record_ids)]
+        mine = [record_id for record_id in made if record_id in known]
+        found.append(Extracted(mine, len(mine), len(submissions)))
+    return found
+
+
+def _records(scope: Scope, rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Record]:
+    return [shapes.record(scope, shapes.row_of(row_id, payload)) for row_id, payload in rows]
