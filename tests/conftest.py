@@ -17,7 +17,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 
 from recallq import MemoryClient
 from recallq.embedded import EmbeddedRedis
-from tests.support import Worker
+from tests.support import SETTINGS, Worker
 
 _numbers = itertools.count(1)
 
@@ -26,7 +26,7 @@ _numbers = itertools.count(1)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests configure what they need; a developer's environment must not reach into them."""
     for name in list(os.environ):
-        if name.startswith(("RECALLQ_", "MEMORY_")) and not name.startswith("RECALLQ_TEST_"):
+        if name.startswith(SETTINGS) and not name.startswith("RECALLQ_TEST_"):
             monkeypatch.delenv(name)
 
 

@@ -21,13 +21,14 @@ PLUGINS = Path(__file__).parent / "plugins"
 
 READY = "recallq worker ready"
 
+SETTINGS = ("RECALLQ_", "MEMORY_", "OPENAI_", "DASHSCOPE_", "MEM0_")
+"""How variables begin that would reach into tests from a developer's environment."""
+
 
 def clean_environment(**variables: str) -> dict[str, str]:
     """The environment without RecallQ's settings, and with `variables`."""
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("RECALLQ_", "MEMORY_"))
+        name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)
     }
     return {**environment, **variables}
 

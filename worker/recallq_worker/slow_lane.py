@@ -223,18 +223,22 @@ class SlowLane:
             if not isinstance(job.job, AddJob):
                 await self._delete(active, job, alone=alone)
         adds = [job for job in turn.jobs if isinstance(job.job, AddJob)]
-        for group in [[job] for job in adds] if alone else self._grouped(adds):
+        for group in [[job] for job in adds] if alone else self._grouped(adds, turn.deletion):
             if active.postponed:
                 return  # in order: what comes later waits with it
             await self._extract(active, group, alone=alone)
 
-    def _grouped(self, jobs: Iterable[PendingJob]) -> list[list[PendingJob]]:
-        """The jobs in groups to be extracted together, within the token budget."""
+    def _grouped(self, jobs: Iterable[PendingJob], deletion: int) -> list[list[PendingJob]]:
+        """The jobs in groups to be extracted together, within the token budget.
+
+        What a delete concerns that is on its way yet, and what came after it, go apart.
+        """
         groups: list[list[PendingJob]] = []
         current: dict[Hashable, tuple[list[PendingJob], set[str], int]] = {}
         for job in jobs:
             submission = _submission(job)
-            key, size = self._extractor.group(submission), self._extractor.tokens(submission)
+            key = (self._extractor.group(submission), job.epoch < deletion)
+            size = self._extractor.tokens(submission)
             group, seen, total = current.get(key, ([], set(), 0))
             # What was submitted twice is not extracted twice: the second finds what came of it.
             if not group or total + size > self._token_budget or job.again in seen:

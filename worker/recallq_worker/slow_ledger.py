@@ -78,6 +78,8 @@ class Turn:
     token: str
     begun: int
     """Turns begun for the user since one last came to an end, this one included."""
+    deletion: int
+    """Epoch of the user's last deletion that was submitted, and may be on its way yet."""
     journal: dict[str, Any] | None
     """What the one before was storing when it was interrupted."""
     journal_token: str
@@ -257,13 +259,19 @@ class SlowLedger:
 
 
 def _turn(
-    tag: bytes, token: bytes, begun: int, journal: bytes, jobs: list[tuple[bytes, bytes, bytes]]
+    tag: bytes,
+    token: bytes,
+    begun: int,
+    deletion: bytes,
+    journal: bytes,
+    jobs: list[tuple[bytes, bytes, bytes]],
 ) -> Turn:
     before, _, intent = journal.partition(b" ")
     turn = Turn(
         tag.decode(),
         token.decode(),
         begun,
+        int(deletion),
         orjson.loads(intent) if intent else None,
         before.decode(),
         [],

@@ -150,8 +150,8 @@ return {1, pushed}
 )
 
 # ARGV 10-14: worker id, lease (ms), most users, most jobs and bytes of each.
-# Returns the time (ms) until the next user is due, and of each: tag, token, turns begun, journal,
-# jobs as id, item, earlier attempts.
+# Returns the time (ms) until the next user is due, and of each: tag, token, turns begun, epoch of
+# the last deletion that was submitted, journal, jobs as id, item, earlier attempts.
 TAKE = (
     _PRELUDE
     + """
@@ -179,7 +179,9 @@ for _, tag in ipairs(redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, 
     redis.call('PERSIST', turn)
     redis.call('ZADD', slow, now + tonumber(ARGV[11]), tag)
     local begun = redis.call('HINCRBY', turn, 'd', 1)
-    taken[#taken + 1] = {tag, tostring(token), begun, redis.call('HGET', turn, 'j') or '', jobs}
+    local deletion = redis.call('HGET', epochs .. tag, 'n') or '0'
+    local journal = redis.call('HGET', turn, 'j') or ''
+    taken[#taken + 1] = {tag, tostring(token), begun, deletion, journal, jobs}
   end
 end
 local next = redis.call('ZRANGE', slow, 0, 0, 'WITHSCORES')
