@@ -399,7 +399,12 @@ def failed(error: JobError) -> Outcome:
 
 def cancelled() -> Outcome:
     """The outcome of a job that was cancelled before it began."""
-    return failed(JobCancelled("the job was cancelled before a worker began it"))
+    return failed(never_begun())
+
+
+def never_begun() -> JobCancelled:
+    """What a job ends with that was cancelled before it began."""
+    return JobCancelled("the job was cancelled before a worker began it")
 
 
 _STATE_OF_ERROR: dict[type[JobError], JobState] = {

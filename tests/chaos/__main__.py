@@ -10,6 +10,7 @@ import sys
 
 from tests.chaos.driver import Options, run
 from tests.chaos.faults import Fault
+from tests.support import SETTINGS
 
 _MILD = (Fault.STOP_WORKER, Fault.CUT_SUBSCRIPTIONS, Fault.KILL_PRODUCER)
 _JOBS_PER_POISON = 1000
@@ -19,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--jobs", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=None, help="by default a new one")
+    parser.add_argument("--backend", default="flaky_redis", help="or flaky_extractor")
     parser.add_argument("--users", type=int, default=200)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--clients", type=int, default=4)
@@ -36,7 +38,7 @@ def main() -> None:
         poisons = poisons[:1]
     given["poisons"] = poisons * max(1, given["jobs"] // _JOBS_PER_POISON // len(poisons))
     for name in list(os.environ):
-        if name.startswith(("RECALLQ_", "MEMORY_")):
+        if name.startswith(SETTINGS):
             del os.environ[name]  # the run has settings of its own
     report = asyncio.run(run(Options(**given)))
     print(report)

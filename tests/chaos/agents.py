@@ -121,7 +121,7 @@ class Agents:
                     user, messages, session, lane=lane, idempotency_key=key, timeout=CALL_TIMEOUT
                 )
             )  # fmt: skip
-            if added is not None and key is None:
+            if added is not None and added.record_ids and key is None:
                 self._journal.learn(call, job_id=added.record_ids[0].rpartition("-")[0])
         elif dice < 0.32:
             # The caller gives up, at any moment.

@@ -34,6 +34,8 @@ _WORKER_SETTINGS = {
     "retry_base": "0.1",
     "retry_cap": "2",
     "result_expires": str(6 * 3600),
+    "slow_timeout": "4",
+    "slow_patience": "2",
 }
 _LAST_CALLS = 60.0
 """Longest time that calls may take to end once no more are made."""
@@ -44,6 +46,7 @@ _ASKING_AT_ONCE = 64
 class Options:
     jobs: int
     seed: int
+    backend: str = "flaky_redis"
     users: int = 200
     sessions: int = 4
     workers: int = 3
@@ -162,7 +165,7 @@ class _Run:
             namespace=NAMESPACE,
             workers=options.workers,
             producers=options.producers,
-            worker_settings=_WORKER_SETTINGS,
+            worker_settings={**_WORKER_SETTINGS, "backend": options.backend},
             producer_arguments=[
                 f"--journals={self._directory / 'journals'}",
                 f"--seed={options.seed}",

@@ -130,7 +130,6 @@ class Fleet:
             PYTHONPATH=path,
             RECALLQ_REDIS_URL=url,
             RECALLQ_NAMESPACE=namespace,
-            RECALLQ_BACKEND="flaky_redis",
             RECALLQ_TEST_WEATHER=str(weather),
             **{f"RECALLQ_{name.upper()}": value for name, value in worker_settings.items()},
         )

@@ -20,6 +20,7 @@ async def leftovers(redis: RedisClient, namespace: str) -> list[str]:
         f"{namespace}:m:{{",
         f"{namespace}:epoch:{{",
         keys.clock,
+        keys.slow_tokens,
         keys.dead,
         keys.workers,
         "_kombu.binding",

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from recallq.contract import AddJob
+from recallq.contract import AddJob, never_begun
 from recallq.errors import (
     BackendUnavailable,
     InternalError,
@@ -273,8 +273,7 @@ class SlowLane:
             if verdict.what == "known":
                 outcomes.append((job, verdict.outcome, None))
             elif verdict.what == "cancelled":
-                stopped = JobCancelled("the job was cancelled before a worker began it")
-                outcomes.append((job, _failure(job, stopped), None))
+                outcomes.append((job, _failure(job, never_begun()), None))
             elif verdict.deaths >= _DEATHS:
                 lost = WorkerLost(
                     f"{verdict.deaths} workers died while they ran this job and nothing else"

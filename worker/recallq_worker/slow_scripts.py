@@ -5,6 +5,10 @@ The keys are described in `recallq_worker.slow_ledger`, which calls them.
 
 from __future__ import annotations
 
+import orjson
+
+from recallq.contract import never_begun
+from recallq.errors import to_wire
 from recallq_worker.ledger import REQUEUE
 
 # ARGV 1-4: push here (1/0), prefixes of queued sets, queues and batches; 5-9: prefixes of waiting,
@@ -18,6 +22,9 @@ local waiting, pending, turns, epochs, done = unpack(ARGV, 5, 9)
 local delayed, held, slow = KEYS[1], KEYS[2], KEYS[3]
 local pushed = {}
 local FENCED = '{"result":{"record_ids":[],"added":0}}'
+local CANCELLED = '"""
+    + orjson.dumps({"error": to_wire(never_begun())}).decode()
+    + """'
 
 -- kind, epoch, batch, index, session
 local function header(item)
@@ -32,6 +39,11 @@ local function answer(id, index, outcome)
   if redis.call('HGET', batch, 's') == 'queued' and redis.call('ZREM', delayed, id) == 1 then
     pushed[#pushed + 1] = requeue(batch, id, here, queued, queues)
   end
+end
+
+local function is_cancelled(id, index)
+  local marks = redis.call('HGET', batches .. id, 'c') or ''
+  return string.find(',' .. marks, ',' .. index .. ',', 1, true)
 end
 
 local function drop(tag, job)
@@ -114,7 +126,7 @@ for at = 13, #ARGV, 10 do
           local of, old, at_id, at_index, in_session = header(what or '')
           if of == 'a' and tonumber(old) < tonumber(epoch)
              and (escaped == '' or in_session == escaped) then
-            answer(at_id, at_index, FENCED)
+            answer(at_id, at_index, is_cancelled(at_id, at_index) and CANCELLED or FENCED)
             drop(tag, other)
           end
         end
@@ -202,12 +214,12 @@ for at = 14, #ARGV, 3 do
   local job, session, again = unpack(ARGV, at, at + 2)
   local item = redis.call('HGET', pending .. tag, job)
   local _, _, id, index = header(item or '')
-  local jobs, marks = unpack(redis.call('HMGET', batches .. (id or ''), 'n', 'c'))
+  local jobs = redis.call('HGET', batches .. (id or ''), 'n')
   local before = item and known(tag, session, again)
   if not item or not jobs then
     drop(tag, job)
     said[#said + 1] = {'gone', ''}
-  elseif string.find(',' .. (marks or ''), ',' .. index .. ',', 1, true) then
+  elseif is_cancelled(id, index) then
     said[#said + 1] = {'cancelled', ''}
   elseif before then
     said[#said + 1] = {'known', before}

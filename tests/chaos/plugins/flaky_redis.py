@@ -68,7 +68,7 @@ class FlakyRedisStore(RedisStore):
 
     async def add(self, records: Sequence[Record]) -> list[Added]:
         for record in records:
-            _taste(message_text(record.message))
+            taste(message_text(record.message))
         return await self._through(lambda: super(FlakyRedisStore, self).add(records))
 
     async def search(
@@ -107,7 +107,8 @@ class FlakyRedisStore(RedisStore):
         return result
 
 
-def _taste(text: str) -> None:
+def taste(text: str) -> None:
+    """Takes poison."""
     if "poison-permanent" in text:
         raise BackendError("poison")
     if "poison-transient" in text:
