@@ -115,6 +115,8 @@ class Checker:
         self._deletes: dict[str, list[Call]] = defaultdict(list)
         self._messages: dict[str, _Message] = {}
         self._of_user: dict[str, list[_Message]] = defaultdict(list)
+        self._threatened: set[int] = set()
+        """By identity, the adds that a delete may have reached before they were run."""
         for call in calls:
             if call.operation is Operation.DELETE:
                 self._deletes[call.user].append(call)
@@ -139,6 +141,7 @@ class Checker:
                 continue
             if _latest_effect(delete) >= call.began:
                 add.threatened = min(add.threatened, delete.began)
+                self._threatened.add(id(call))
             if _latest_effect(call) < delete.began and _succeeded(delete):
                 settled = math.inf if delete.settled is None else delete.settled
                 add.gone = min(add.gone, settled)
@@ -167,7 +170,9 @@ class Checker:
         )
         if failed and not call.poison:
             self._report(Kind.FAILED, call, "it failed, and nothing was wrong with it")
-        if call.poison and SUCCEEDED in (call.outcome, call.state):
+        succeeded = SUCCEEDED in (call.outcome, call.state)
+        # Where jobs wait for their user's turn, a delete ends them: nothing of them is stored.
+        if call.poison and succeeded and id(call) not in self._threatened:
             self._report(Kind.REFUSED, call, "it succeeded, in spite of its poison")
 
     def _check_job(self, call: Call) -> None:

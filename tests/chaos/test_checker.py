@@ -286,6 +286,14 @@ def test_poison_must_fail(story: Story) -> None:
     assert story.kinds() == [Kind.REFUSED]
 
 
+def test_poison_that_a_delete_removes_before_it_is_run_does_no_harm(story: Story) -> None:
+    story.add(1, "one", poison="poison-transient")
+    story.delete(2)
+    assert story.kinds() == []
+    story.add(5, "two", poison="poison-transient")
+    assert story.kinds() == [Kind.REFUSED]
+
+
 def test_a_job_settles_once(story: Story) -> None:
     story.add(1, "one", outcome="JobExpired", state="succeeded")
     story.add(3, "two", cancelled=True, outcome=None, settled=None)

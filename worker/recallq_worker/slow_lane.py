@@ -53,6 +53,8 @@ _DEATHS = 3
 """Workers that a job may take with it, alone, before it is given up."""
 _RESUME_AGAIN = 5.0
 """Seconds between two tries to find out what an interrupted extraction left behind."""
+_DELETE_COMES = 0.3
+"""Seconds between two looks whether a delete that is on its way has come."""
 _FAREWELL = 3.0
 """Seconds that handing turns back may take when the process stops."""
 
@@ -212,16 +214,18 @@ class SlowLane:
 
     async def _go_through(self, active: _Active) -> None:
         turn = active.turn
+        alone = turn.begun > _SUSPICIOUS
+        for job in turn.jobs:
+            if not isinstance(job.job, AddJob):
+                await self._delete(active, job, alone=alone)
+        if active.postponed:
+            return
         if turn.journal is not None and not await self._resume(active, turn.journal):
             return
         if turn.unreadable:
             error = to_wire(UndecodableJob("the job was written by another version of RecallQ"))
             outcomes = [(job, orjson.dumps({"error": error})) for job in turn.unreadable]
             await self._answer(active, [], unreadable=outcomes)
-        alone = turn.begun > _SUSPICIOUS
-        for job in turn.jobs:
-            if not isinstance(job.job, AddJob):
-                await self._delete(active, job, alone=alone)
         adds = [job for job in turn.jobs if isinstance(job.job, AddJob)]
         for group in [[job] for job in adds] if alone else self._grouped(adds, turn.deletion):
             if active.postponed:
@@ -264,7 +268,7 @@ class SlowLane:
                 outcomes.append((job, _failure(job, error), None))
             else:
                 on_time.append(job)
-        go = []
+        go, waiting = [], []
         begin = partial(self._ledger.begin, active.turn, on_time, alone=alone, busy=busy)
         verdicts = await insistently(begin)
         if verdicts is None:
@@ -279,8 +283,12 @@ class SlowLane:
                     f"{verdict.deaths} workers died while they ran this job and nothing else"
                 )
                 outcomes.append((job, _failure(job, lost), None))
+            elif verdict.what == "wait":
+                waiting.append(job)
             elif verdict.what == "go":
                 go.append(job)
+        if waiting:
+            active.postponed, active.delay, go = waiting, _DELETE_COMES, []
         if outcomes:
             await self._answer(active, outcomes)
             if go:  # answering ends what was begun
@@ -295,11 +303,17 @@ class SlowLane:
         outcomes: Sequence[tuple[PendingJob, bytes, bytes | None]],
         *,
         adopted: str = "",
+        settled: bool | None = None,
         unreadable: Sequence[tuple[str, bytes]] = (),
     ) -> str | None:
+        """`settled` is False, unless said otherwise, while nobody has looked into the journal that
+        was found."""
         turn = active.turn
+        settled = turn.journal is None if settled is None else settled
         return await insistently(
-            lambda: self._ledger.finish(turn, outcomes, adopted=adopted, unreadable=unreadable)
+            lambda: self._ledger.finish(
+                turn, outcomes, adopted=adopted, settled=settled, unreadable=unreadable
+            )
         )
 
     # --- extracting -----------------------------------------------------------------------------
@@ -331,25 +345,31 @@ class SlowLane:
             found = await self._calling(
                 active, jobs, lambda: self._extractor.recover(submissions, intent)
             )
-            done = done if found is None else found
             if isinstance(found, JobError):
                 for job in jobs:
                     self._try_again(active, job, found)
                 return
+            if found is None and await self._answer(active, []) is not None:
+                raise Superseded
+            done = done if found is None else found
         if not isinstance(done, JobError):
             await self._stored(active, jobs, done)
             return
-        hopeless = [job for job in jobs if self._wait(active, job, done) is None]
+        await self._failed(active, jobs, done)
+
+    async def _failed(self, active: _Active, jobs: Sequence[PendingJob], error: JobError) -> None:
+        """Nothing came of extracting jobs together, and nothing of them is stored."""
+        hopeless = [job for job in jobs if self._wait(active, job, error) is None]
         if len(jobs) > 1 and hopeless:
             # It may be due to one of them: each is given a chance of its own.
-            log.warning("extracting together failed (%s); one by one", type(done).__name__)
+            log.warning("extracting together failed (%s); one by one", type(error).__name__)
             for job in hopeless:
                 await self._extract(active, [job])
         elif hopeless:
-            await self._answer(active, [(jobs[0], _failure(jobs[0], done), None)])
+            await self._answer(active, [(jobs[0], _failure(jobs[0], error), None)])
         for job in jobs:
             if job not in hopeless:
-                self._try_again(active, job, done)
+                self._try_again(active, job, error)
 
     async def _stored(
         self, active: _Active, jobs: Sequence[PendingJob], done: Sequence[Extracted]
@@ -386,8 +406,9 @@ class SlowLane:
             done = None
         outcomes = _answers(jobs, done) if done is not None else []
         adopted = turn.journal_token if done is not None else ""
-        if await self._answer(active, outcomes, adopted=adopted) is not None:
+        if await self._answer(active, outcomes, adopted=adopted, settled=True) is not None:
             raise Superseded
+        turn.journal = None
         if outcomes:
             turn.jobs = [job for job in turn.jobs if job.id not in meant]
         return True

@@ -93,7 +93,8 @@ class Verdict:
     """What to do with a job whose turn it is."""
 
     what: str
-    """``go``, ``gone`` (nobody waits for it any more), ``cancelled`` or ``known``."""
+    """``go``, ``gone`` (nobody waits for it any more), ``cancelled``, ``known``, or ``wait``: it is
+    known, but a delete is on its way that may concern what came of it."""
     outcome: bytes = b""
     """What came of it before, of one that is known."""
     deaths: int = 0
@@ -208,11 +209,13 @@ class SlowLedger:
         outcomes: Sequence[tuple[PendingJob, bytes, bytes | None]],
         *,
         adopted: str = "",
+        settled: bool = True,
         unreadable: Sequence[tuple[str, bytes]] = (),
     ) -> str | None:
         """Answers jobs: of each its outcome, and what is to come of it when it is submitted again.
 
-        `adopted` is the token of the interrupted turn whose work is taken over. Returns None once
+        `adopted` is the token of the interrupted turn whose work is taken over; `settled`: whether
+        the journal speaks of nothing that is open any more. Returns None once
         that is written; if it is not our turn any more, what became of what we have stored:
         ``token:adopted`` if somebody has taken it over.
         """
@@ -224,7 +227,15 @@ class SlowLedger:
             args += [job_id, outcome, "", 0, b""]
         written, verdict, pushed = await self._finish(
             keys=self._script_keys,
-            args=[*self._common, turn.tag, turn.token, adopted, _REMEMBERED, *args],
+            args=[
+                *self._common,
+                turn.tag,
+                turn.token,
+                adopted,
+                _REMEMBERED,
+                "1" if settled else "0",
+                *args,
+            ],
         )
         await self._ledger.push(pushed)
         return None if written else cast("bytes", verdict).decode()

@@ -21,6 +21,7 @@ local here, queued, queues, batches = unpack(ARGV, 1, 4)
 local waiting, pending, turns, epochs, done = unpack(ARGV, 5, 9)
 local delayed, held, slow = KEYS[1], KEYS[2], KEYS[3]
 local pushed = {}
+local WAIT_FOR_DELETE = 10000
 local FENCED = '{"result":{"record_ids":[],"added":0}}'
 local CANCELLED = '"""
     + orjson.dumps({"error": to_wire(never_begun())}).decode()
@@ -56,12 +57,16 @@ local function fence_of(tag, session)
   return math.max(whole, tonumber(redis.call('HGET', epochs .. tag, 's:' .. session) or '0'))
 end
 
--- What came of the same add before, unless a deletion has come since.
+-- What came of the same add before, unless a deletion has come since. And whether one was submitted
+-- since that has not come yet: it may be about to remove what came of it.
 local function known(tag, session, again)
   local before = again ~= '' and redis.call('GET', done .. tag .. ':' .. again)
   if not before then return nil end
   local epoch, outcome = string.match(before, '^(%d+) (.*)$')
-  if tonumber(epoch) >= fence_of(tag, session) then return outcome end
+  if tonumber(epoch) < fence_of(tag, session) then return nil end
+  local submitted, come = unpack(redis.call('HMGET', epochs .. tag, 'n', 'd'))
+  submitted, come = tonumber(submitted or '0'), tonumber(come or '0')
+  return outcome, tonumber(epoch) < submitted and come < submitted and submitted
 end
 
 local function mine(tag, token)
@@ -69,10 +74,11 @@ local function mine(tag, token)
   return last == token and worker
 end
 
--- No job of the user is worked on any more.
+-- No job of the user is worked on any more. While something of them may be stored, they still count
+-- as running: one that could be cancelled would be cancelled, and remembered.
 local function pause(tag)
-  local running = redis.call('HGET', turns .. tag, 'r') or ''
-  for job in string.gmatch(running, '[^,]+') do
+  local running, storing = unpack(redis.call('HMGET', turns .. tag, 'r', 'j'))
+  for job in string.gmatch(not storing and running or '', '[^,]+') do
     local item = redis.call('HGET', pending .. tag, job)
     if item then
       local _, _, id, index = header(item)
@@ -111,7 +117,11 @@ for at = 13, #ARGV, 10 do
   elseif redis.call('HEXISTS', pending .. tag, job) == 0 then
     if kind == 'a' then
       if tonumber(epoch) < fence_of(tag, session) then outcome = FENCED end
-      outcome = outcome or known(tag, session, again)
+      local before, unsettled = known(tag, session, again)
+      if not unsettled then outcome = outcome or before end
+    else
+      local come = tonumber(redis.call('HGET', epochs .. tag, 'd') or '0')
+      redis.call('HSET', epochs .. tag, 'd', math.max(come, tonumber(epoch)))
     end
     if outcome then
       redis.call('HSET', batch, 'u' .. index, outcome)
@@ -215,13 +225,16 @@ for at = 14, #ARGV, 3 do
   local item = redis.call('HGET', pending .. tag, job)
   local _, _, id, index = header(item or '')
   local jobs = redis.call('HGET', batches .. (id or ''), 'n')
-  local before = item and known(tag, session, again)
+  local before, unsettled
+  if item then before, unsettled = known(tag, session, again) end
   if not item or not jobs then
     drop(tag, job)
     said[#said + 1] = {'gone', ''}
   elseif is_cancelled(id, index) then
     said[#said + 1] = {'cancelled', ''}
-  elseif before then
+  elseif unsettled and now - unsettled < WAIT_FOR_DELETE then
+    said[#said + 1] = {'wait', ''}
+  elseif before and not unsettled then
     said[#said + 1] = {'known', before}
   else
     local deaths = 0
@@ -247,15 +260,16 @@ return 1
 """
 )
 
-# ARGV 10-13: tag, token, token of the journal that was adopted or "", seconds to remember; of each
-# job then: id, outcome, what is the same when it is submitted again, epoch, what comes of it then.
+# ARGV 10-14: tag, token, token of the journal that was adopted or "", seconds to remember, whether
+# nothing in the journal is open any more (1/0); of each job then: id, outcome, what is the same
+# when it is submitted again, epoch, what comes of it then.
 # Returns 1 if that is written, else 0 and what became of the last journal before.
 FINISH = (
     _PRELUDE
     + """
 local tag, turn = ARGV[10], turns .. ARGV[10]
 if not mine(tag, ARGV[11]) then return {0, redis.call('HGET', turn, 'v') or '', pushed} end
-for at = 14, #ARGV, 5 do
+for at = 15, #ARGV, 5 do
   local job, outcome, again, epoch, repeated = unpack(ARGV, at, at + 4)
   local item = redis.call('HGET', pending .. tag, job)
   if item then
@@ -268,7 +282,8 @@ for at = 14, #ARGV, 5 do
   end
   redis.call('HDEL', turn, 'k' .. job)
 end
-redis.call('HDEL', turn, 'j', 'r', 'x')
+if ARGV[14] == '1' then redis.call('HDEL', turn, 'j') end
+pause(tag)
 redis.call('HSET', turn, 'd', 0)
 if ARGV[12] ~= '' then redis.call('HSET', turn, 'v', ARGV[12] .. ':adopted') end
 return {1, '', pushed}
