@@ -21,7 +21,7 @@ PLUGINS = Path(__file__).parent / "plugins"
 
 READY = "recallq worker ready"
 
-SETTINGS = ("RECALLQ_", "MEMORY_", "OPENAI_", "DASHSCOPE_", "MEM0_")
+SETTINGS = ("RECALLQ_", "MEMORY_", "OPENAI_", "OPENROUTER_", "DASHSCOPE_", "MEM0_")
 """How variables begin that would reach into tests from a developer's environment."""
 
 

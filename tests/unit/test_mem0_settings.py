@@ -50,6 +50,7 @@ def test_openai_by_its_own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         "model": "gpt-5-mini",
         "api_key": "sk-1",
         "openai_base_url": "https://api.openai.com/v1",
+        "max_tokens": 8000,
     }
     assert "embedding_dims" not in config["embedder"]["config"]
     assert batch_limit(config, ModelSettings.load()) == 100
@@ -110,7 +111,13 @@ def test_what_the_user_wrote_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "store",
-    [{"provider": "qdrant"}, {"provider": "qdrant", "config": {"path": "/tmp/q"}}, {}],
+    [
+        {"provider": "qdrant"},
+        {"provider": "qdrant", "config": {"path": "/tmp/q"}},
+        {"provider": "qdrant", "config": {"host": "127.0.0.1"}},
+        {"provider": "qdrant", "config": {"url": None}},
+        {"config": {"collection_name": "memories"}},
+    ],
 )
 def test_qdrant_inside_the_process_is_refused(
     monkeypatch: pytest.MonkeyPatch, store: dict[str, Any]
@@ -120,6 +127,51 @@ def test_qdrant_inside_the_process_is_refused(
         filled_in({"vector_store": store})
     served = {"provider": "qdrant", "config": {"url": "http://qdrant:6333"}}
     assert filled_in({"vector_store": served})["vector_store"] == served
+
+
+def test_a_section_that_says_a_part_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASHSCOPE_API_KEY", "sk-2")
+    config = filled_in(
+        {
+            "llm": {"provider": "openai", "config": {"temperature": 0}},
+            "embedder": {"config": {"model": "text-embedding-v3"}},
+            "vector_store": {"provider": "pgvector", "config": {"host": "db"}},
+        }
+    )
+    llm, embedder = config["llm"]["config"], config["embedder"]["config"]
+    assert (llm["temperature"], llm["model"], llm["api_key"]) == (0, "qwen-plus", "sk-2")
+    assert (embedder["model"], embedder["embedding_dims"]) == ("text-embedding-v3", 1024)
+
+
+@pytest.mark.parametrize(
+    "given", [{"llm": "gpt"}, {"embedder": None}, {"vector_store": {"config": ["a"]}}, {"llm": []}]
+)
+def test_sections_that_are_none(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    with pytest.raises(ConfigurationError, match="must be an object"):
+        filled_in(given)
+
+
+def test_prompts_do_not_go_where_nobody_sent_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mem0 prefers OpenRouter to whatever it is told, if it finds a key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    monkeypatch.setenv("OPENROUTER_API_KEY", "sk-or")
+    with pytest.raises(ConfigurationError, match="OPENROUTER_API_KEY"):
+        filled_in()
+    meant = {"llm": {"provider": "openai", "config": {"openrouter_base_url": "https://or/v1"}}}
+    assert filled_in(meant)["llm"]["config"]["openrouter_base_url"] == "https://or/v1"
+
+
+def test_the_configuration_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = json.dumps({"llm": {"config": {"api_key": "sk-secret"}}})
+    for config in (secret, f"'{secret}'", f"[{secret}]"):
+        monkeypatch.setenv("RECALLQ_MEM0_CONFIG", config)
+        settings = Mem0Settings.load()
+        assert "sk-secret" not in repr(settings)
+        if config != secret:
+            with pytest.raises(ConfigurationError) as caught:
+                settings.given()
+            assert "sk-secret" not in str(caught.value)
 
 
 def test_a_configuration_as_json_or_as_a_file(

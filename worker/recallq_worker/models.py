@@ -21,6 +21,7 @@ _OPENAI_URL = "https://api.openai.com/v1"
 _DASHSCOPE_URL = "https://dashscope.aliyuncs.com/compatible-mode/v1"
 _DASHSCOPE_DIMENSIONS = 1024
 _OPENAI_DIMENSIONS = 1536
+_LARGE = {"text-embedding-3-large": 3072}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,9 @@ class ModelSettings(BaseSettings):
         """What vectors have, by what is known of the model."""
         if self.embedding_dimensions is not None:
             return self.embedding_dimensions
-        return _DASHSCOPE_DIMENSIONS if self.embedding().is_dashscope else _OPENAI_DIMENSIONS
+        endpoint = self.embedding()
+        usual = _DASHSCOPE_DIMENSIONS if endpoint.is_dashscope else _OPENAI_DIMENSIONS
+        return _LARGE.get(endpoint.model, usual)
 
 
 def _endpoint(
@@ -100,12 +103,16 @@ def _endpoint(
     )
     if base_url is None and openai_key is None and api_key is None and dashscope_key is not None:
         base_url = _DASHSCOPE_URL
+    openai_server = base_url is None
     if base_url is None:
         base_url = os.environ.get("OPENAI_BASE_URL") or _OPENAI_URL
     endpoint = Endpoint(model or openai_model, base_url, api_key)
     dashscope = endpoint.is_dashscope
     key = api_key
     if key is None:
-        found = dashscope_key if dashscope else openai_key
+        # Where OPENAI_BASE_URL says DashScope, OPENAI_API_KEY is DashScope's.
+        found = openai_key
+        if dashscope:
+            found = dashscope_key or (openai_key if openai_server else None)
         key = None if found is None else SecretStr(found)
     return Endpoint(model or (dashscope_model if dashscope else openai_model), base_url, key)

@@ -11,6 +11,7 @@ Key names, as `store` passes them:
   changes  sorted set: row id by the version that last wrote it
   version  string: goes up with every write, and is gone with the last row
   group    sorted set: row id by order key, one group; the prefix and the group's suffix
+  banned   set: ids that are not stored, whoever comes with them
   fence    string: epoch below which nothing is stored any more, of the owner or of one group
 
 A version is the time in microseconds, or one more than the version before where that is higher.
@@ -76,7 +77,7 @@ local stored, version = {}, nil
 for at = 3 + count, #ARGV, 6 do
   local i, id, order, epoch = tonumber(ARGV[at]), ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   local flag = 'f'
-  if tonumber(epoch) >= fences[i] then
+  if tonumber(epoch) >= fences[i] and redis.call('SISMEMBER', KEYS[#KEYS], id) == 0 then
     if not version then
       -- Each row has a version of its own, so that changes can be read in portions. The last of
       -- them first: should a command be refused, nothing has changed behind a version's back.

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 _FENCES_LIVE_MS = 30 * 24 * 3600 * 1000
 """How long a fence outlives its delete: longer than any write may lie in a queue."""
+_BANS_LIVE = 24 * 3600
+"""Seconds: longer than any write may be on its way."""
 _WRITE_CHUNK = 200
 _READ_CHUNK = 1000
 _VECTORS_CHUNK = 500
@@ -145,6 +147,7 @@ class RedisVectors:
                 suffix = escaped(group)
                 keys += [f"{base}:g:{suffix}", f"{base}:f:{suffix}"]
                 args.append(suffix)
+            keys.append(f"{base}:x")
             for row, vector in portion:
                 content = to_json(row.group) + b"\n" + to_json(row.payload)
                 args += [groups[row.group], to_bytes(row.id), row.order, row.epoch, content, vector]
@@ -176,6 +179,18 @@ class RedisVectors:
         for portion in _portions([*dict.fromkeys(map(to_bytes, ids))], _DELETE_CHUNK):
             removed += int(self._call(self._remove, _keys(base, "rvocn"), [f"{base}:g:", *portion]))
         return removed
+
+    def ban(self, owner: str, ids: Sequence[str]) -> None:
+        """Removes rows, and sees to it for a day that nobody stores one of these ids: a write that
+        was begun long ago may still be on its way."""
+        if not ids:
+            return
+        banned = f"{self._base(owner)}:x"
+        with asking(self._url), self._redis.pipeline(transaction=True) as pipe:
+            pipe.sadd(banned, *map(to_bytes, ids))
+            pipe.expire(banned, _BANS_LIVE)
+            pipe.execute()
+        self.remove(owner, ids)
 
     def delete(self, owner: str, *, group: str | None, before_epoch: int) -> int:
         """Removes every row with a lower epoch, of a group or of all, and says how many.

@@ -11,6 +11,7 @@ parts do what they always did.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,9 +23,15 @@ from mem0.embeddings.base import EmbeddingBase  # type: ignore[import-untyped]
 from mem0.memory.utils import extract_json, remove_code_blocks  # type: ignore[import-untyped]
 from mem0.vector_stores.base import VectorStoreBase  # type: ignore[import-untyped]
 
-from recallq_worker.backends.mem0.failures import UnusableAnswer
+from recallq.errors import BackendError, JobError
+from recallq_worker.backends.mem0.failures import CutOffAnswer, UnusableAnswer
 
 Vector = Sequence[float]
+
+_LONGEST_TEXT = 18_000
+"""Bytes of a text that are embedded, at most: models take about 8,000 tokens, and refuse more."""
+_MISREAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What clients raise that find something else in an answer than they look for."""
 
 
 @dataclass(slots=True)
@@ -141,33 +148,61 @@ class DraftingEmbedder(EmbeddingBase):  # type: ignore[misc]  # see above
     """An embedder that asks for many texts at once, within the provider's limit, and for none
     twice."""
 
-    def __init__(self, inner: Any, most_texts: int) -> None:
+    def __init__(
+        self, inner: Any, most_texts: int, *, dimensions: int | None, searcher: Any = None
+    ) -> None:
+        """`dimensions` of the collection, where they are known. `searcher` is asked instead of
+        `inner` without a draft: by searches, which somebody waits for."""
         super().__init__(inner.config)
         self.inner = inner
+        self._searcher = searcher or inner
         self._most_texts = most_texts
+        self._dimensions = dimensions
 
     def embed(self, text: str, memory_action: Any = None) -> Vector:
         draft = current()
         if draft is not None and text in draft.vectors:
             return draft.vectors[text]
+        embedder = self.inner if draft is not None else self._searcher
         with _noting(draft):
-            vector: Vector = self.inner.embed(text, memory_action)
+            vector: Vector = embedder.embed(_cut(text), memory_action)
+            self._check(vector)
         return vector
 
     def embed_batch(self, texts: Sequence[str], memory_action: Any = "add") -> list[Vector]:
         draft = current()
         vectors = draft.vectors if draft is not None else {}
+        embedder = self.inner if draft is not None else self._searcher
         wanted = [text for text in dict.fromkeys(texts) if text not in vectors]
-        with _noting(draft):
-            for start in range(0, len(wanted), self._most_texts):
-                portion = wanted[start : start + self._most_texts]
-                found = self.inner.embed_batch(portion, memory_action)
+        for start in range(0, len(wanted), self._most_texts):
+            portion = wanted[start : start + self._most_texts]
+            with _noting(draft):
+                found = embedder.embed_batch([_cut(text) for text in portion], memory_action)
                 if len(found) != len(portion):
                     raise UnusableAnswer(
                         f"{len(found)} vectors came back from embedding {len(portion)} texts"
                     )
-                vectors |= dict(zip(portion, found, strict=True))
+                for vector in found:
+                    self._check(vector)
+            vectors |= dict(zip(portion, found, strict=True))
         return [vectors[text] for text in texts]
+
+    def _check(self, vector: Vector) -> None:
+        if not vector or not all(map(math.isfinite, vector)):
+            raise UnusableAnswer("the embedding model returned what is no vector")
+        if self._dimensions is not None and len(vector) != self._dimensions:
+            raise BackendError(
+                f"the embedding model's vectors have {len(vector)} dimensions, and the "
+                f"collection's {self._dimensions}: set RECALLQ_EMBEDDING_DIMENSIONS, and use "
+                "another collection where vectors are stored already"
+            )
+
+
+def _cut(text: str) -> str:
+    """As much of a text as every embedding model takes."""
+    if len(text) * 4 <= _LONGEST_TEXT:
+        return text
+    return text.encode()[:_LONGEST_TEXT].decode(errors="ignore")
 
 
 class CheckedLlm:
@@ -200,23 +235,34 @@ def check_extraction(answer: object) -> None:
         try:
             found = json.loads(extract_json(text), strict=False)
         except ValueError:
-            raise UnusableAnswer("the LLM's answer is not JSON, or was cut off") from None
+            raise CutOffAnswer("the LLM's answer is not JSON, or was cut off") from None
     memories = found.get("memory") if isinstance(found, dict) else None
     if not isinstance(memories, list):
         raise UnusableAnswer("the LLM's answer has no list of memories")
     for each in memories:
         if not isinstance(each, dict) or not isinstance(each.get("text"), str) or not each["text"]:
             raise UnusableAnswer("the LLM's answer has a memory without a text")
+        try:
+            each["text"].encode()
+        except UnicodeEncodeError:
+            raise UnusableAnswer("the LLM's answer holds half a character") from None
 
 
 @contextmanager
 def _noting(draft: Draft | None) -> Iterator[None]:
-    """Keeps a failure, and does nothing more after one: mem0 would try text by text."""
+    """Around a call to a model: keeps a failure, and does nothing more after one, where mem0 would
+    try text by text."""
     if draft is not None and draft.failure is not None:
         raise draft.failure
     try:
-        yield
+        try:
+            yield
+        except _MISREAD as error:
+            if isinstance(error, JobError) or hasattr(error, "status_code"):
+                raise
+            name = type(error).__name__
+            raise UnusableAnswer(f"a model's answer cannot be read ({name})") from error
     except Exception as error:
-        if draft is not None:
+        if draft is not None and draft.failure is None:
             draft.failure = error
         raise

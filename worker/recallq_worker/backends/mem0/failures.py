@@ -7,6 +7,7 @@ not repeated: they may hold keys, and what users said.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -18,13 +19,19 @@ from recallq.errors import BackendError, BackendUnavailable, JobError
 _PASSING = frozenset({408, 409, 423, 425, 429})
 _UNREACHABLE = re.compile(
     "Timeout|TimedOut|Connection|Connect|Transport|Network|Unavailable|OperationalError"
-    "|ResponseHandling|RateLimit|Overloaded|Throttl|ServerError"
+    "|ResponseHandling|RateLimit|Overloaded|Throttl|ServerError|TooManyRequests"
+    "|DeadlineExceeded|ResourceExhausted|InactiveRpc|ReadError|WriteError|CloseError"
+    "|RemoteProtocolError"
 )
 _NO_ACCESS = re.compile("Authentication|PermissionDenied|Unauthorized|Forbidden|Credential")
 
 
 class UnusableAnswer(Exception):
-    """The LLM answered something else than it was asked for."""
+    """A model answered something else than it was asked for."""
+
+
+class CutOffAnswer(UnusableAnswer):
+    """The LLM's answer does not come to its end: perhaps it was asked for too much."""
 
 
 def as_job_error(error: BaseException, doing: str) -> JobError | None:
@@ -38,9 +45,10 @@ def as_job_error(error: BaseException, doing: str) -> JobError | None:
         if status is not None:
             return _of_status(each, status, doing)
         name = type(each).__name__
-        if _NO_ACCESS.search(name):
+        kinds = " ".join(kind.__name__ for kind in type(each).__mro__)
+        if _NO_ACCESS.search(kinds):
             return BackendError(f"{doing}: {name}; check the key")
-        if isinstance(each, OSError | EOFError) or _UNREACHABLE.search(name):
+        if isinstance(each, OSError | EOFError) or _UNREACHABLE.search(kinds):
             return BackendUnavailable(f"{doing}: {name}", retry_after=_retry_after(each))
     return None
 
@@ -48,9 +56,12 @@ def as_job_error(error: BaseException, doing: str) -> JobError | None:
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """What an error was raised for, innermost first: that says best what it is."""
     found = [error]
-    while (cause := found[-1].__cause__) is not None and cause not in found:
+    while True:
+        last = found[-1]
+        cause = last.__cause__ or (None if last.__suppress_context__ else last.__context__)
+        if cause is None or cause in found:
+            return reversed(found)
         found.append(cause)
-    return reversed(found)
 
 
 def _status(error: BaseException) -> int | None:
@@ -59,8 +70,9 @@ def _status(error: BaseException) -> int | None:
         getattr(error, "status_code", None),
         getattr(getattr(error, "response", None), "status_code", None),
         debug.get("status_code") if isinstance(debug, Mapping) else None,
+        getattr(error, "code", None),
     ]
-    return next((each for each in candidates if isinstance(each, int) and each >= 400), None)
+    return next((each for each in candidates if isinstance(each, int) and 400 <= each < 600), None)
 
 
 def _of_status(error: BaseException, status: int, doing: str) -> JobError:
@@ -79,7 +91,7 @@ def _retry_after(error: BaseException) -> float | None:
     """The wait that a server asked for, in seconds."""
     debug = getattr(error, "debug_info", None)
     if isinstance(debug, Mapping) and isinstance(debug.get("retry_after"), int | float):
-        return float(debug["retry_after"])
+        return max(float(debug["retry_after"]), 0.0)
     headers: Any = getattr(getattr(error, "response", None), "headers", None)
     if headers is None:
         return None
@@ -88,12 +100,15 @@ def _retry_after(error: BaseException) -> float | None:
         if said is None:
             continue
         try:
-            return max(float(said) * scale, 0.0)
+            seconds = float(said) * scale
         except ValueError:
-            pass
-        try:
-            until = parsedate_to_datetime(said)
-        except ValueError:
-            continue
-        return max((until - datetime.now(UTC)).total_seconds(), 0.0)
+            try:
+                until = parsedate_to_datetime(said)
+            except ValueError:
+                continue
+            if until.tzinfo is None:
+                until = until.replace(tzinfo=UTC)
+            seconds = (until - datetime.now(UTC)).total_seconds()
+        if math.isfinite(seconds):
+            return max(seconds, 0.0)
     return None

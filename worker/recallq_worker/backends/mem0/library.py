@@ -12,19 +12,23 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Executor
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, Self, TypeAlias, TypeVar
 
 # mem0 carries annotations here and there, and no marker that it does.
 from mem0 import Memory  # type: ignore[import-untyped]
+from mem0.vector_stores.configs import VectorStoreConfig  # type: ignore[import-untyped]
 from pydantic import ValidationError
 
 from recallq.contract import Health, Scope, timestamp
-from recallq.errors import BackendError, ConfigurationError, JobError
+from recallq.errors import BackendError, BackendUnavailable, ConfigurationError, JobError
 from recallq_worker.backends.base import (
     Added,
     Extracted,
@@ -44,10 +48,11 @@ from recallq_worker.backends.mem0.drafts import (
     DraftRow,
     drafting,
 )
-from recallq_worker.backends.mem0.failures import as_job_error
+from recallq_worker.backends.mem0.failures import CutOffAnswer, as_job_error
 from recallq_worker.backends.mem0.recent import RecentMessages
 from recallq_worker.backends.mem0.settings import Mem0Settings, batch_limit, complete
 from recallq_worker.backends.mem0.vector_store import RedisVectorStore, owner_is, register
+from recallq_worker.daemon_threads import DaemonThreads
 from recallq_worker.models import ModelSettings
 from recallq_worker.settings import WorkerSettings
 
@@ -59,8 +64,14 @@ Rows: TypeAlias = list[tuple[str, dict[str, Any]]]
 """Ids and payloads. Inside the class, `list` is a method."""
 Records: TypeAlias = list[Record]
 
-_READERS = 64
-"""Searches and lists that wait for an embedding or a vector store at once."""
+_SEARCHERS = 64
+"""Searches that wait for an embedding at once."""
+_READERS = 16
+"""Lists and deletes that wait for the vector store at once."""
+_SEARCH_TIMEOUT = 15.0
+"""Seconds that a search waits for its embedding."""
+_NEXT_ROUND = 0.2
+"""Seconds between two looks whether a vector store still shows what was deleted."""
 _IDS = uuid.UUID("5d7d4b0e-6f0a-4b5e-9a53-0f6ce0f0c9b1")
 """The namespace of ids that are made of record ids."""
 _DEFAULT_THRESHOLD = 0.1
@@ -79,6 +90,12 @@ class _Finished:
     @property
     def ids(self) -> list[str]:
         return [row.id for row in self.draft.memories]
+
+    @property
+    def intent(self) -> dict[str, Any]:
+        """What `Mem0Library.recover` has to know."""
+        entities = [row.id for row in self.draft.entities]
+        return {"owner": self.draft.owner, "ids": self.ids, "entities": entities}
 
 
 class Mem0Library(Mem0Backend):
@@ -105,12 +122,14 @@ class Mem0Library(Mem0Backend):
         self._most_texts = most_texts
         self._timeout = timeout
         self._connect_timeout = connect_timeout
-        self._extractors = ThreadPoolExecutor(extractions, thread_name_prefix="mem0-extract")
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="mem0-read")
+        # Twice as many: a call that was given up keeps its thread until it comes to its end.
+        self._extractors: Executor = DaemonThreads(2 * extractions, "mem0-extract")
+        self._searchers: Executor = DaemonThreads(_SEARCHERS, "mem0-search")
+        self._readers: Executor = DaemonThreads(_READERS, "mem0-read")
         self._memory: Any = None
         self._store: Any = None
         self._entities: Any = None
-        self._recent: RecentMessages
+        self._recent: Any = None
 
     @classmethod
     def from_both(cls, settings: WorkerSettings, own: Mem0Settings) -> Self:
@@ -145,7 +164,7 @@ class Mem0Library(Mem0Backend):
         # It is told apart below what fails, and its own words quote users.
         logging.getLogger("mem0").setLevel(logging.CRITICAL)
         try:
-            memory = Memory.from_config(self._config)
+            memory = Memory.from_config(_with_dimensions(self._config))
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, problem["loc"]))
@@ -154,60 +173,70 @@ class Mem0Library(Mem0Backend):
             raise ConfigurationError(
                 f"mem0 does not take its configuration: {type(error).__name__}: {error}"
             ) from None
-        self._memory = memory
         self._store = memory.vector_store
         # mem0 makes it when it first needs it, and removes nobody from it before.
         self._entities = memory.entity_store
         for part in (memory.llm, memory.embedding_model):
             _settle_client(part, self._timeout)
+        searcher = copy(memory.embedding_model)
+        _settle_client(searcher, min(self._timeout, _SEARCH_TIMEOUT))
+        memory.embedding_model = DraftingEmbedder(
+            memory.embedding_model,
+            self._most_texts,
+            dimensions=getattr(memory.config.vector_store.config, "embedding_model_dims", None),
+            searcher=searcher,
+        )
+        memory.llm = CheckedLlm(memory.llm)
         memory.vector_store = DraftedStore(self._store)
         memory._entity_store = DraftedStore(self._entities, entities=True)  # noqa: SLF001
-        memory.embedding_model = DraftingEmbedder(memory.embedding_model, self._most_texts)
-        memory.llm = CheckedLlm(memory.llm)
         memory.db.close()
         memory.db = self._recent = RecentMessages(
             self._store_url, f"{self._namespace}:mem0", connect_timeout=self._connect_timeout
         )
+        self._memory = memory
         self._ask_store()
 
     async def stop(self) -> None:
-        self._extractors.shutdown(wait=False, cancel_futures=True)
-        self._readers.shutdown(wait=False, cancel_futures=True)
         memory, self._memory = self._memory, None
-        if memory is None:
-            return
-        parts = (self._store, self._entities, memory.llm.inner, memory.embedding_model.inner)
-        for part in (self._recent, *parts, *(getattr(each, "client", None) for each in parts)):
+        parts: list[Any] = [self._recent, self._store, self._entities]
+        if memory is not None:
+            parts += [memory.llm.inner, memory.embedding_model.inner]
+        parts += [getattr(part, "client", None) for part in parts]
+        for part in parts:
             close = getattr(part, "close", None)
             if callable(close):
                 try:
                     close()
                 except Exception as error:  # noqa: BLE001  # any library's; and it is over
                     log.debug("closing a part of mem0: %s", type(error).__name__)
+        for threads in (self._extractors, self._searchers, self._readers):
+            threads.shutdown(wait=False)
 
     # --- extracting -----------------------------------------------------------------------------
 
     async def extract(self, submissions: Sequence[Submission], journal: Journal) -> list[Extracted]:
-        finished = await self._extracting(
-            lambda: self._draft(submissions), "extracting memories with mem0"
-        )
+        scope = submissions[0].scope
+        draft = Draft(run=shapes.session(scope) or "", owner=shapes.owner(scope))
+        doing = "extracting memories with mem0"
+        try:
+            finished = await self._extracting(lambda: self._draft(submissions, draft), doing)
+        except asyncio.CancelledError:
+            draft.failure = draft.failure or Superseded()  # no further call to a model
+            raise
+        except BackendUnavailable as error:
+            if len(submissions) > 1 and isinstance(error.__cause__, CutOffAnswer):
+                # The answer to so much would be cut off again; to one at a time, perhaps not.
+                raise BackendError(str(error)) from error
+            raise
         if finished.ids:
-            await journal({"owner": finished.draft.owner, "ids": finished.ids})
-            # From here on a thread writes: whoever is to stop waits until it has.
-            store = asyncio.ensure_future(
-                self._extracting(lambda: self._write(finished), "storing memories")
-            )
-            try:
-                await asyncio.shield(store)
-            except asyncio.CancelledError:
-                await asyncio.wait([store])
-                raise
+            await journal(finished.intent)
+        # From here on a thread writes: whoever is to stop waits until it has.
+        await _to_its_end(self._extracting(lambda: self._write(finished), "storing memories"))
         return finished.extracted
 
-    def _draft(self, submissions: Sequence[Submission]) -> _Finished:
+    def _draft(self, submissions: Sequence[Submission], draft: Draft) -> _Finished:
         """Has mem0 make memories of the submissions, without storing any."""
-        scope, last = submissions[0].scope, submissions[-1]
-        draft = Draft(run=shapes.session(scope) or "", owner=shapes.owner(scope))
+        last = submissions[-1]
         infer = self.infers(last)
         sent = [
             (each, index, message)
@@ -268,52 +297,88 @@ class Mem0Library(Mem0Backend):
         draft = finished.draft
         rows = draft.memories
         vectors, payloads, ids = [r.vector for r in rows], [r.payload for r in rows], finished.ids
-        if isinstance(self._store, RedisVectorStore):
+        if not rows:
+            pass
+        elif isinstance(self._store, RedisVectorStore):
             added = self._store.store(vectors, payloads, ids)
-            if added and set(added) == {Added.FENCED}:
+            if set(added) == {Added.FENCED}:
                 raise Superseded
         else:
+            self._refuse_if_fenced(finished)
             self._store.insert(vectors=vectors, payloads=payloads, ids=ids)
+            try:
+                self._refuse_if_fenced(finished)
+            except Superseded:
+                self._remove(draft.owner, ids)
+                raise
         with owner_is(draft.owner, epoch=finished.epoch):
             self._write_beside(finished)
+
+    def _refuse_if_fenced(self, finished: _Finished) -> None:
+        """For vector stores that know no epochs."""
+        draft = finished.draft
+        if self._recent.is_fenced(draft.owner, draft.run, finished.epoch):
+            raise Superseded
 
     def _write_beside(self, finished: _Finished) -> None:
         """What helps mem0 find and make memories, and is no memory: if it fails, it is missing."""
         draft = finished.draft
-        try:
-            if draft.entities:
-                self._entities.insert(
+        steps: list[Callable[[], object]] = []
+        if draft.entities:
+            steps.append(
+                lambda: self._entities.insert(
                     vectors=[row.vector for row in draft.entities],
                     payloads=[row.payload for row in draft.entities],
                     ids=[row.id for row in draft.entities],
                 )
-            for entity_id, payload in draft.entity_updates.items():
-                self._entities.update(vector_id=entity_id, vector=None, payload=payload)
-            if draft.said:
-                self._recent.save(draft.owner, draft.run, draft.said, finished.epoch)
-        except Exception as error:  # noqa: BLE001  # of whichever library
-            log.warning("what mem0 keeps beside memories is not stored: %s", type(error).__name__)
+            )
+        for entity_id, payload in draft.entity_updates.items():
+            steps.append(partial(self._entities.update, entity_id, None, payload))
+        if draft.said:
+            steps.append(
+                lambda: self._recent.save(draft.owner, draft.run, draft.said, finished.epoch)
+            )
+        for step in steps:
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001  # of whichever library
+                log.warning("what mem0 keeps beside memories is missing: %s", type(error).__name__)
 
     async def recover(
         self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
-        return await self._extracting(
-            lambda: self._recover(submissions, intent["owner"], intent["ids"]),
-            "looking for memories that were stored",
+        return await _to_its_end(
+            self._extracting(
+                lambda: self._recover(submissions, intent),
+                "looking for memories that were stored",
+            )
         )
 
     def _recover(
-        self, submissions: Sequence[Submission], owner: str, ids: Sequence[str]
+        self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
+        owner, ids = intent["owner"], intent["ids"]
         with owner_is(owner):
             found = [each for each in ids if self._store.get(vector_id=each) is not None]
             if submissions and len(found) == len(ids):
                 if self.infers(submissions[0]):
                     return together(ids, len(submissions))
                 return _by_submission(submissions, ids)
-            for each in found:
-                self._store.delete(vector_id=each)
+        same_again = bool(submissions) and not self.infers(submissions[0])
+        if isinstance(self._store, RedisVectorStore) and not same_again:
+            # Whoever was interrupted may still be about to store them.
+            self._store.vectors.ban(owner, ids)
+            if isinstance(self._entities, RedisVectorStore):
+                self._entities.vectors.ban(owner, intent["entities"])
+        else:
+            self._remove(owner, found, intent["entities"])
         return None
+
+    def _remove(self, owner: str, ids: Sequence[str], entities: Sequence[str] = ()) -> None:
+        with owner_is(owner):
+            for store, rows in ((self._entities, entities), (self._store, ids)):
+                for row_id in rows:
+                    store.delete(vector_id=row_id)
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -321,7 +386,7 @@ class Mem0Library(Mem0Backend):
         self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
     ) -> list[Hit]:
         least = 0.0 if score_threshold is None else score_threshold
-        if least > 1:
+        if least > 1 or not query.strip():
             return []
         considered = min(max(least, 0.0), _DEFAULT_THRESHOLD)
         if score_threshold is None:
@@ -335,7 +400,7 @@ class Mem0Library(Mem0Backend):
                 )
             return list(found["results"])
 
-        rows = await self._reading(look, "searching with mem0")
+        rows = await self._in_thread(self._searchers, look, "searching with mem0")
         hits = [shapes.hit(scope, row) for row in rows]
         hits.sort(key=lambda hit: (-hit.score, -hit.record.order, hit.record.record_id))
         return [hit for hit in hits if hit.score >= least]
@@ -347,7 +412,7 @@ class Mem0Library(Mem0Backend):
                     shapes.owner(scope), group=shapes.session(scope), offset=offset, limit=limit
                 )
                 return _records(scope, ((row.id, row.payload) for row in page))
-            records = _records(scope, self._every_row(scope))
+            records = _records(scope, self._every_row(scope, self._store))
             records.sort(key=lambda record: (record.order, record.record_id))
             return records[offset : offset + limit]
 
@@ -366,28 +431,31 @@ class Mem0Library(Mem0Backend):
         return await self._reading(remove, "deleting memories")
 
     def _delete_one_by_one(self, scope: Scope, before_epoch: int) -> int:
-        removed = 0
-        while True:
-            # Some stores return a part of what they have: again, until there is nothing.
-            victims = [
-                row_id
-                for row_id, payload in self._every_row(scope)
-                if shapes.epoch(payload) < before_epoch
-            ]
-            if not victims:
-                return removed
-            for row_id in victims:
-                try:
-                    self._memory.delete(row_id)
-                except ValueError:
-                    continue  # mem0's word for one that is gone
-                removed += 1
+        """Not by mem0's own calls, which pass over what goes wrong with entities."""
+        removed: set[str] = set()
+        for store in (self._entities, self._store):
+            tried: set[str] = set()
+            while True:
+                victims = {
+                    row_id
+                    for row_id, payload in self._every_row(scope, store)
+                    if shapes.epoch(payload) < before_epoch
+                }
+                if not victims:
+                    break
+                if victims <= tried:
+                    time.sleep(_NEXT_ROUND)  # what is listed may lag behind
+                for row_id in victims:
+                    store.delete(vector_id=row_id)
+                tried |= victims
+            removed = tried
+        return len(removed)
 
-    def _every_row(self, scope: Scope) -> Rows:
+    def _every_row(self, scope: Scope, store: Any) -> Rows:
         """All of a scope's rows, from a store that can only be asked for the first so many."""
         wanted = _FIRST_PAGE
         while True:
-            listed = self._store.list(filters=self._filters(scope), top_k=wanted)
+            listed = store.list(filters=self._filters(scope), top_k=wanted)
             rows = listed[0] if listed and isinstance(listed[0], list | tuple) else listed
             if len(rows or ()) < wanted:
                 return [(str(row.id), row.payload or {}) for row in rows or ()]
@@ -411,8 +479,9 @@ class Mem0Library(Mem0Backend):
 
     def _ask(self) -> str:
         self._ask_store()
-        for part in (self._memory.llm.inner, self._memory.embedding_model.inner):
-            _ask_models(part)
+        _ask_models(self._memory.embedding_model.inner)
+        if self._infer:
+            _ask_models(self._memory.llm.inner)
         return f"mem0 with {self._memory.config.vector_store.provider}"
 
     def _ask_store(self) -> None:
@@ -427,7 +496,7 @@ class Mem0Library(Mem0Backend):
     async def _reading(self, work: Callable[[], T], doing: str) -> T:
         return await self._in_thread(self._readers, work, doing)
 
-    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T], doing: str) -> T:
+    async def _in_thread(self, threads: Executor, work: Callable[[], T], doing: str) -> T:
         """Runs mem0's code in a thread, in the errors that backends raise."""
         context = contextvars.copy_context()
         loop = asyncio.get_running_loop()
@@ -440,6 +509,40 @@ class Mem0Library(Mem0Backend):
             if told is None:
                 raise
             raise told from error
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Awaits what a thread does, and does not leave it alone when it is cancelled."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
+
+
+def _with_dimensions(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the vector store's dimensions, where it has such a field and leaves it
+    open: mem0 would take OpenAI's, whatever the embedder's are."""
+    dimensions = config["embedder"]["config"].get("embedding_dims")
+    store = config["vector_store"]
+    try:
+        name = VectorStoreConfig.__private_attributes__["_provider_configs"].default[
+            store["provider"]
+        ]
+        fields = getattr(
+            import_module(f"mem0.configs.vector_stores.{store['provider']}"), name
+        ).model_fields
+    except (ImportError, KeyError, AttributeError):
+        return config  # mem0 says what is wrong with it
+    if dimensions is None or "embedding_model_dims" not in fields:
+        return config
+    filled = {"embedding_model_dims": dimensions, **store["config"]}
+    return {**config, "vector_store": {**store, "config": filled}}
 
 
 def _settle_client(part: Any, timeout: float) -> None:
@@ -458,8 +561,8 @@ def _ask_models(part: Any) -> None:
             client.with_options(timeout=5.0).models.list()
         except Exception as error:
             told = as_job_error(error, f"asking {type(part).__name__} for its models")
-            if isinstance(told, BackendError) and getattr(error, "status_code", 0) == 404:
-                return  # not every server has such a list, but it is there
+            if isinstance(told, BackendError) and getattr(error, "status_code", 0) in (403, 404):
+                return  # not every server has such a list, and not every key may see it
             raise
 
 

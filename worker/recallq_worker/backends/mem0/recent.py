@@ -1,9 +1,11 @@
 """The last messages of each session, which mem0 puts into its next prompt.
 
 mem0 keeps them in a SQLite file, or in each process's memory: then workers know different ones, and
-a deleted user's words live on in prompts. Here they are in Redis, in one hash per user, fenced by
-deletions like everything else, and gone a month after the user was last heard. mem0's log of
+a deleted user's words live on in prompts. Here they are in Redis, a key per session, fenced by
+deletions like everything else, and gone a month after the session was last heard. mem0's log of
 changes to each memory, which is in the same place there, is not kept: nothing here reads it.
+
+The fences stand for the vector stores as well that know none.
 """
 
 from __future__ import annotations
@@ -24,32 +26,39 @@ _MOST = 10
 _LONGEST = 4000
 """Characters of a message that are enough to know what it was about."""
 _LIVES_MS = 30 * 24 * 3600 * 1000
+_CHUNK = 500
 
-# KEYS: the user's hash. ARGV: run, epoch, its messages, lifetime (ms).
-# Fields: "r:<run>" messages, "e:<run>" their lowest epoch, "f:<run>" and "*" fences.
+# KEYS: the session's messages, the user's sessions, the user's fence, the session's.
+# ARGV: lowest epoch of the messages, the messages, the session's key, lifetime (ms).
 _SAVE = """
-local fences = redis.call('HMGET', KEYS[1], '*', 'f:' .. ARGV[1])
-local fence = math.max(tonumber(fences[1] or '0'), tonumber(fences[2] or '0'))
-if tonumber(ARGV[2]) < fence then return 0 end
-redis.call('HSET', KEYS[1], 'r:' .. ARGV[1], ARGV[3], 'e:' .. ARGV[1], ARGV[2])
+local fence = math.max(tonumber(redis.call('GET', KEYS[3]) or '0'),
+                       tonumber(redis.call('GET', KEYS[4]) or '0'))
+if tonumber(ARGV[1]) < fence then return 0 end
+redis.call('HSET', KEYS[1], 'e', ARGV[1], 'm', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
+redis.call('ZADD', KEYS[2], redis.call('TIME')[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+-- Of sessions that were not heard for that long, nothing is left but their names here.
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', redis.call('TIME')[1] - ARGV[4] / 1000)
 return 1
 """
 
-# KEYS: the user's hash. ARGV: run or "" for all, epoch, lifetime (ms).
-_FORGET = """
-local field = ARGV[1] == '' and '*' or 'f:' .. ARGV[1]
-if tonumber(ARGV[2]) > tonumber(redis.call('HGET', KEYS[1], field) or '0') then
-  redis.call('HSET', KEYS[1], field, ARGV[2])
+# KEYS: fence. ARGV: epoch, lifetime (ms).
+_FENCE = """
+if tonumber(ARGV[1]) > tonumber(redis.call('GET', KEYS[1]) or '0') then
+  redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 end
-for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
-  local run = string.match(name, '^e:(.*)$')
-  if run and (ARGV[1] == '' or run == ARGV[1])
-     and tonumber(redis.call('HGET', KEYS[1], name)) < tonumber(ARGV[2]) then
-    redis.call('HDEL', KEYS[1], name, 'r:' .. run)
+"""
+
+# KEYS: the user's sessions, then messages of sessions. ARGV: epoch.
+_FORGET = """
+for i = 2, #KEYS do
+  local epoch = redis.call('HGET', KEYS[i], 'e')
+  if not epoch or tonumber(epoch) < tonumber(ARGV[1]) then
+    redis.call('DEL', KEYS[i])
+    redis.call('ZREM', KEYS[1], KEYS[i])
   end
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
 """
 
 
@@ -61,6 +70,7 @@ class RecentMessages:
         self._collection = collection
         self._redis = connect_threads(url, connect_timeout=connect_timeout)
         self._save = self._redis.register_script(_SAVE)
+        self._fence = self._redis.register_script(_FENCE)
         self._forget = self._redis.register_script(_FORGET)
 
     # --- what mem0 calls ------------------------------------------------------------------------
@@ -70,7 +80,7 @@ class RecentMessages:
         if draft is None:
             return []
         with asking(self._url):
-            stored: Any = self._redis.hget(self._key(draft.owner), f"r:{draft.run}")
+            stored: Any = self._redis.hget(self._messages(draft.owner, draft.run), "m")
         return orjson.loads(stored)[-limit:] if stored else []
 
     def save_messages(self, messages: Sequence[dict[str, Any]], session_scope: str) -> None:
@@ -100,8 +110,10 @@ class RecentMessages:
 
         The lowest epoch of all counts for them, so a deletion takes rather too many than too few.
         """
+        key = self._messages(owner, run)
         with asking(self._url):
-            stored, lowest = self._redis.hmget(self._key(owner), [f"r:{run}", f"e:{run}"])
+            found: Any = self._redis.hmget(key, ["m", "e"])
+            stored, lowest = found
             now = datetime.now(UTC).isoformat()
             messages = orjson.loads(stored) if stored else []
             messages += [
@@ -114,13 +126,40 @@ class RecentMessages:
                 for each in said
             ]
             epoch = min(epoch, int(lowest)) if lowest else epoch
-            args: list[str | int | bytes] = [run, epoch, orjson.dumps(messages[-_MOST:]), _LIVES_MS]
-            self._save(keys=[self._key(owner)], args=args)
+            self._save(
+                keys=[key, self._sessions(owner), *self._fences(owner, run)],
+                args=[epoch, orjson.dumps(messages[-_MOST:]), key, _LIVES_MS],
+            )
 
     def forget(self, owner: str, run: str | None, before_epoch: int) -> None:
         """Removes what is older than a deletion, and lets nothing older come."""
+        sessions = self._sessions(owner)
+        fence = self._fences(owner, run or "")[0 if run is None else 1]
         with asking(self._url):
-            self._forget(keys=[self._key(owner)], args=[run or "", before_epoch, _LIVES_MS])
+            self._fence(keys=[fence], args=[before_epoch, _LIVES_MS])
+            if run is not None:
+                self._forget(keys=[sessions, self._messages(owner, run)], args=[before_epoch])
+                return
+            names: Any = self._redis.zrange(sessions, 0, -1)
+            for start in range(0, len(names), _CHUNK):
+                keys = [sessions, *(name.decode() for name in names[start : start + _CHUNK])]
+                self._forget(keys=keys, args=[before_epoch])
 
-    def _key(self, owner: str) -> str:
+    def is_fenced(self, owner: str, run: str, epoch: int) -> bool:
+        """Whether a deletion has passed that concerns what has this epoch."""
+        with asking(self._url):
+            fences: Any = self._redis.mget(self._fences(owner, run))
+        return any(epoch < int(fence) for fence in fences if fence is not None)
+
+    def _base(self, owner: str) -> str:
         return f"{self._collection}:recent:{{{escape(owner)}}}"
+
+    def _messages(self, owner: str, run: str) -> str:
+        return f"{self._base(owner)}:m:{escape(run)}"
+
+    def _sessions(self, owner: str) -> str:
+        return f"{self._base(owner)}:s"
+
+    def _fences(self, owner: str, run: str) -> tuple[str, str]:
+        base = self._base(owner)
+        return f"{base}:f", f"{base}:f:{escape(run)}"

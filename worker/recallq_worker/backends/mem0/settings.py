@@ -13,13 +13,15 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from recallq.errors import ConfigurationError
 from recallq_worker.models import Endpoint, ModelSettings
 
 _LARGEST_BATCH = 100
+_ANSWER_TOKENS = 8000
+"""What the LLM may answer at once: mem0's 2,000 are too few for many adds together."""
 _DASHSCOPE_BATCH = 10
 """Texts that DashScope's embedding models take at once."""
 
@@ -36,7 +38,7 @@ class Mem0Settings(BaseSettings):
     infer: bool = True
     """Whether an LLM makes memories of messages; else they are stored as they are. A call's own
     ``infer`` goes before it."""
-    config: str = ""
+    config: str = Field("", repr=False)
     """Of the library: a mem0 configuration, as JSON or the path of a JSON file."""
     api_key: SecretStr | None = None
     """Of the platform; ``MEM0_API_KEY`` does as well."""
@@ -75,15 +77,17 @@ class Mem0Settings(BaseSettings):
             source = text
             try:
                 text = Path(text).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:
+                # Not shown: it may be JSON after all, in quotes, with keys in it.
+                reason = getattr(error, "strerror", None) or type(error).__name__
                 raise ConfigurationError(
-                    f"RECALLQ_MEM0_CONFIG is no JSON object, and as a file it cannot be read: "
-                    f"{error}"
-                ) from error
+                    "RECALLQ_MEM0_CONFIG is no JSON object (it does not begin with a brace), and "
+                    f"as the path of a file it cannot be read: {reason}"
+                ) from None
         try:
             found = json.loads(text)
         except ValueError as error:
-            raise ConfigurationError(f"{source} is not JSON: {error}") from error
+            raise ConfigurationError(f"{source} is not JSON: {error}") from None
         if not isinstance(found, dict):
             raise ConfigurationError(f"{source} must be a JSON object")
         return found
@@ -99,30 +103,45 @@ def complete(
 ) -> dict[str, Any]:
     """A mem0 configuration with what `given` leaves open. Raises `ConfigurationError`."""
     config = deepcopy(given)
+    for name in ("llm", "embedder", "vector_store"):
+        section = config.setdefault(name, {})
+        if not isinstance(section, dict) or not isinstance(section.get("config") or {}, dict):
+            raise ConfigurationError(f"{name} of the mem0 configuration must be an object")
+        section.setdefault("provider", "redis" if name == "vector_store" and not section else None)
+        section["config"] = section.get("config") or {}
     config["history_db_path"] = ":memory:"  # not used: see `recent`
-    if "llm" not in config:
-        config["llm"] = {"provider": "openai", "config": _openai(models.llm(), "LLM", infer)}
-    if "embedder" not in config:
-        embedder = _openai(models.embedding(), "EMBEDDING", needed=True)
-        if models.embedding_dimensions is not None or models.embedding().is_dashscope:
-            # Asked for only then: not every server knows what dimensions are.
-            embedder["embedding_dims"] = models.dimensions
-        config["embedder"] = {"provider": "openai", "config": embedder}
-    store = config.setdefault("vector_store", {"provider": "redis"})
-    if not isinstance(store, dict):
-        raise ConfigurationError("vector_store of the mem0 configuration must be an object")
-    where = store.setdefault("config", {}) if store.get("config") is not None else {}
-    store["config"] = where
-    if store.get("provider") == "redis":
+    llm, embedder, store = config["llm"], config["embedder"], config["vector_store"]
+    if _fill_in(llm, models.llm(), "LLM", infer):
+        llm["config"].setdefault("max_tokens", _ANSWER_TOKENS)
+    meant = llm["provider"] != "openai" or "openrouter_base_url" in llm["config"]
+    if os.environ.get("OPENROUTER_API_KEY") and not meant:
+        raise ConfigurationError(
+            "mem0 sends every prompt to OpenRouter while OPENROUTER_API_KEY is set, whatever else "
+            "is: unset it, or say openrouter_base_url in the llm section of the mem0 configuration "
+            "if that is meant"
+        )
+    asks_for_dimensions = models.embedding_dimensions is not None or models.embedding().is_dashscope
+    if _fill_in(embedder, models.embedding(), "EMBEDDING", needed=True) and asks_for_dimensions:
+        # Asked for only then: not every server knows what dimensions are.
+        embedder["config"].setdefault("embedding_dims", models.dimensions)
+    where = store["config"]
+    if store["provider"] == "redis":
         where.setdefault("redis_url", store_url)
         where.setdefault("collection_name", f"{namespace}:mem0")
-        where.setdefault("embedding_model_dims", _dimensions(config, models))
-    if store.get("provider", "qdrant") == "qdrant" and not {"host", "url", "client"} & set(where):
+        where.setdefault("embedding_model_dims", dimensions_of(config, models))
+    served = where.get("url") or (where.get("host") and where.get("port")) or where.get("client")
+    if store["provider"] in (None, "qdrant") and not served:
         raise ConfigurationError(
             "qdrant inside a process loses rows as soon as two threads or processes use it: give "
-            "the url of a qdrant server, or leave vector_store out to use Redis"
+            "the url of a qdrant server (or its host and port), or leave vector_store out to use "
+            "Redis"
         )
-    return config
+    return {
+        name: {key: value for key, value in section.items() if value is not None}
+        if isinstance(section, dict) and "provider" in section
+        else section
+        for name, section in config.items()
+    }
 
 
 def batch_limit(config: dict[str, Any], models: ModelSettings) -> int:
@@ -133,21 +152,33 @@ def batch_limit(config: dict[str, Any], models: ModelSettings) -> int:
     return _DASHSCOPE_BATCH if Endpoint("", url, None).is_dashscope else _LARGEST_BATCH
 
 
-def _dimensions(config: dict[str, Any], models: ModelSettings) -> int:
-    dimensions = (config["embedder"].get("config") or {}).get("embedding_dims")
-    return int(dimensions) if dimensions else models.dimensions
+def dimensions_of(config: dict[str, Any], models: ModelSettings) -> int:
+    """What the embedder's vectors have, by what the configuration says."""
+    said = config["embedder"]["config"].get("embedding_dims")
+    if said is None:
+        return models.dimensions
+    if not isinstance(said, int) or said < 1:
+        raise ConfigurationError("embedding_dims of the mem0 configuration must be a whole number")
+    return said
 
 
-def _openai(endpoint: Endpoint, kind: str, needed: bool) -> dict[str, Any]:
-    key = endpoint.api_key
-    if key is None and needed:
-        raise ConfigurationError(
-            f"mem0 needs a model: set OPENAI_API_KEY, DASHSCOPE_API_KEY or RECALLQ_{kind}_API_KEY "
-            f"(with RECALLQ_{kind}_BASE_URL for a server of your own; a key it does not check may "
-            "be any text)"
-        )
-    return {
-        "model": endpoint.model,
-        "api_key": "none" if key is None else key.get_secret_value(),
-        "openai_base_url": endpoint.base_url,
-    }
+def _fill_in(section: dict[str, Any], endpoint: Endpoint, kind: str, needed: bool) -> bool:
+    """Says in a section for an OpenAI-compatible server what it leaves open; whether it is one."""
+    if section["provider"] not in (None, "openai"):
+        return False
+    section["provider"] = "openai"
+    config = section["config"]
+    own_server = "openai_base_url" in config
+    if not own_server:
+        config.setdefault("model", endpoint.model)
+        config["openai_base_url"] = endpoint.base_url
+    if "api_key" not in config:
+        key = endpoint.api_key
+        if key is None and needed:
+            raise ConfigurationError(
+                f"mem0 needs a model: set OPENAI_API_KEY, DASHSCOPE_API_KEY or "
+                f"RECALLQ_{kind}_API_KEY (with RECALLQ_{kind}_BASE_URL for a server of your own; a "
+                "key it does not check may be any text)"
+            )
+        config["api_key"] = "none" if key is None else key.get_secret_value()
+    return True

@@ -179,11 +179,14 @@ def _message(row: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
             found = None
         if isinstance(found, dict):
             return found
+    # An LLM may attribute a memory to a list of roles, say.
+    roles = [row.get("role"), row.get("attributed_to"), "user"]
     message: dict[str, Any] = {
-        "role": row.get("role") or row.get("attributed_to") or "user",
-        "content": row.get("memory") or "",
+        "role": next(role for role in roles if isinstance(role, str) and role),
+        "content": str(row.get("memory") or ""),
     }
-    if name := row.get("actor_id"):
+    name = row.get("actor_id")
+    if isinstance(name, str) and name:
         message["name"] = name
     more = {key: value for key, value in own.items() if key not in OWN_FIELDS}
     if categories := row.get("categories"):
