@@ -100,7 +100,8 @@ return {1, outstanding}
 _CANCEL = """
 local state, jobs, lane = unpack(redis.call('HMGET', KEYS[1], 's', 'n', 'l'))
 if not jobs or tonumber(ARGV[1]) >= tonumber(jobs) then return false end
-if redis.call('HEXISTS', KEYS[1], 'g' .. ARGV[1]) == 1 then state = 'running' end
+local there, answered = unpack(redis.call('HMGET', KEYS[1], 'g' .. ARGV[1], 'u' .. ARGV[1]))
+if there or answered then state = 'running' end
 local field = state == 'queued' and 'c' or 'p'
 local marks = redis.call('HGET', KEYS[1], field) or ''
 local mark = ARGV[1] .. ','
@@ -187,12 +188,12 @@ class ProducerLedger:
 
     async def look_up(self, batch_id: str, index: int) -> LedgerEntry | None:
         """The state of job `index`; None if the batch is not outstanding."""
-        fields = ["s", "n", "c", f"g{index}"]
+        fields = ["s", "n", "c", f"g{index}", f"u{index}"]
         found = await self._redis.hmget(self._keys.batch(batch_id), fields)
-        state, jobs, cancelled, worked_on = cast("list[bytes | None]", found)
+        state, jobs, cancelled, worked_on, answered = cast("list[bytes | None]", found)
         if state is None or jobs is None:
             return None
-        if worked_on is not None:
+        if worked_on is not None or answered is not None:
             return LedgerEntry(JobState.RUNNING, int(jobs))
         if index in indexes(cancelled):
             return LedgerEntry(JobState.CANCELLED, int(jobs))

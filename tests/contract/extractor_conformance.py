@@ -458,12 +458,12 @@ class ExtractorConformance(ABC):
         self, extractor: MemoryExtractor, user: str
     ) -> None:
         assert await extractor.delete(Scope("default", user), before_epoch=1) == 0
-        await add(extractor, submission(user, "tea"))
+        await add(extractor, submission(user, "tea", epoch=1))
         scope = Scope("default", user, "s")
-        assert await extractor.delete(scope, before_epoch=0) == 0
-        assert await extractor.delete(scope, before_epoch=1) == 1
         assert await extractor.delete(scope, before_epoch=1) == 0
-        await add(extractor, submission(user, "tea again", epoch=1))
+        assert await extractor.delete(scope, before_epoch=2) == 1
+        assert await extractor.delete(scope, before_epoch=2) == 0
+        await add(extractor, submission(user, "tea again", epoch=2))
         assert texts(await everything(extractor, user)) == ["tea again"]
 
     @pytest.mark.parametrize("spared", [False, True])

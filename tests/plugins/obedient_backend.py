@@ -135,7 +135,8 @@ class ObedientExtractor(RedisStore):
             ]
             ids = [record.record_id for record in records]
             await self._die("die before storing", texts)
-            await journal({"ids": ids})
+            base = f"{namespace}:m:{self._keys.user_tag(scope.tenant, scope.user_id)}"
+            await journal({"ids": ids, "base": base, "session": scope.session_id})
             for record in records:
                 await RedisStore.add(self, [record])
                 await self._die("die half way", texts)
@@ -156,19 +157,13 @@ class ObedientExtractor(RedisStore):
     async def recover(
         self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
-        ids = intent["ids"]
-        base = f"{self._keys.namespace}:m:"
-        found = 0
-        if submissions:
-            scope = submissions[0].scope
-            base += self._keys.user_tag(scope.tenant, scope.user_id)
-            found = sum(each is not None for each in await self._redis.hmget(f"{base}:r", ids))
-            if found == len(ids):
-                return _shared(submissions, ids)
-            session = f"{base}:s:{escape(scope.session_id or '')}"
-            await self._redis.hdel(f"{base}:r", *ids)
-            await self._redis.zrem(f"{base}:o", *ids)
-            await self._redis.zrem(session, *ids)
+        ids, base = intent["ids"], intent["base"]
+        found = await self._redis.hmget(f"{base}:r", ids)
+        if submissions and all(each is not None for each in found):
+            return _shared(submissions, ids)
+        await self._redis.hdel(f"{base}:r", *ids)
+        await self._redis.zrem(f"{base}:o", *ids)
+        await self._redis.zrem(f"{base}:s:{escape(intent['session'])}", *ids)
         return None
 
 

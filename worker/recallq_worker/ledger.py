@@ -36,19 +36,22 @@ _UNLIMITED = 2**53
 _AT_ONCE = 100
 """Batches that one step of a sweep pushes again."""
 
-# Lua: pushes a batch's message again, to where it is taken next, with a delivery tag of its own:
-# kombu tells the messages that it has not acknowledged apart by their tags. What users said cannot
-# be taken for the tag, for its quotes are escaped.
+# Lua: pushes a batch's message again, to where it is taken next, or last, with a delivery tag of
+# its own: kombu tells the messages that it has not acknowledged apart by their tags. What users
+# said cannot be taken for the tag, for its quotes are escaped.
 REQUEUE = (
     NOW
     + """
-local function requeue(batch, id, here, queued, queues)
+local function requeue(batch, id, here, queued, queues, last)
   local message, lane, at, times = unpack(redis.call('HMGET', batch, 'm', 'l', 't', 'z'))
   local tag = '"delivery_tag":"' .. redis.sha1hex(id .. now .. (times or '')) .. '"'
   message = string.gsub(message, '"delivery_tag":"[^"]*"', tag, 1)
   redis.call('HSET', batch, 's', 'queued', 'q', now)
   redis.call('ZADD', queued .. lane, at, id)
-  if here == '1' then redis.call('RPUSH', queues .. lane, message) message = '' end
+  if here == '1' then
+    redis.call(last and 'LPUSH' or 'RPUSH', queues .. lane, message)
+    message = ''
+  end
   return {lane, message}
 end
 """
@@ -183,7 +186,9 @@ local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[5
 for _, id in ipairs(due) do
   redis.call('ZREM', KEYS[1], id)
   if redis.call('EXISTS', ARGV[4] .. id) == 1 then
-    pushed[#pushed + 1] = requeue(ARGV[4] .. id, id, ARGV[1], ARGV[2], ARGV[3])
+    -- One whose jobs are in the slow lane is only looked after, and goes behind the others.
+    local last = redis.call('HEXISTS', ARGV[4] .. id, 'y') == 1
+    pushed[#pushed + 1] = requeue(ARGV[4] .. id, id, ARGV[1], ARGV[2], ARGV[3], last)
   end
 end
 local next = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')

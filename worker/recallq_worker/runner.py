@@ -142,7 +142,7 @@ class BatchRunner:
         """Ends a run of which jobs are left: to be tried again, or to the slow lane."""
         self._held.discard(batch.id)
         if isinstance(left, HandedOver):
-            await insistently(lambda: self._slow_ledger.park(batch, left.jobs))
+            await insistently(lambda: self._slow_ledger.park(batch, left.jobs, again=left.again))
             if self._slow_lane is not None:
                 self._slow_lane.look(min(each.pause for each in left.jobs))
             return

@@ -78,6 +78,8 @@ class HandedOver:
     """What is left of a batch after a run: jobs for the slow lane."""
 
     jobs: list[Handover]
+    again: bool
+    """Whether they were handed over before."""
 
 
 class Observer(Protocol):
@@ -185,8 +187,9 @@ class MemoryService:
                     run.waiting[index] = waiting
                 else:
                     runnable.append(index)
-            if self._extractor is not None and batch.operation.writes:
-                return await self._hand_over(run, self._extractor, runnable)
+            through_slow_lane = self._extractor is not None and batch.operation.writes
+            if through_slow_lane or claim.handed_over:
+                return await self._hand_over(run, runnable)
             if claim.deliveries > 1:
                 # One such batch at a time: the culprit may be in another of them.
                 async with self._suspects:
@@ -219,21 +222,25 @@ class MemoryService:
 
     # --- by way of the slow lane ----------------------------------------------------------------
 
-    async def _hand_over(
-        self, run: _Run, extractor: MemoryExtractor, open_jobs: list[int]
-    ) -> HandedOver | None:
+    async def _hand_over(self, run: _Run, open_jobs: list[int]) -> HandedOver | None:
         """Leaves writes to the slow lane."""
         handed_over = []
         for index in open_jobs:
             job, epoch = run.batch.jobs[index], run.epoch(index)
             assert isinstance(job, AddJob | DeleteJob)  # the others do not write
-            pause = 0.0
             if isinstance(job, DeleteJob):
                 await run.observer.forget(job.scope, epoch)
-            elif extractor.tokens(Submission.of(job, epoch)):
-                pause = self._pause
-            handed_over.append(Handover(index, job, epoch, pause))
-        return HandedOver(handed_over) if handed_over else None
+            handed_over.append(Handover(index, job, epoch, self._pause_of(job, epoch)))
+        return HandedOver(handed_over, run.claim.handed_over) if handed_over else None
+
+    def _pause_of(self, job: AddJob | DeleteJob, epoch: int) -> float:
+        if isinstance(job, DeleteJob) or self._extractor is None:
+            return 0.0
+        try:
+            return self._pause if self._extractor.tokens(Submission.of(job, epoch)) else 0.0
+        except Exception:
+            log.exception("unexpected error in backend %s", self._extractor.name)
+            return 0.0  # extracting it will show what is wrong with it
 
     async def _collect(self, run: _Run) -> None:
         """Enters what came of jobs in the slow lane."""

@@ -19,7 +19,7 @@ import random
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import orjson
 
@@ -39,7 +39,14 @@ from recallq_worker.backends.base import Extracted, MemoryExtractor, Submission,
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import RENEW_EVERY
 from recallq_worker.retries import RetryPolicy
-from recallq_worker.slow_ledger import PendingJob, SlowLedger, Turn
+from recallq_worker.slow_ledger import (
+    DeleteGoesFirst,
+    PendingJob,
+    SlowLedger,
+    Turn,
+    TurnIsOver,
+    Verdict,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +66,12 @@ _FAREWELL = 3.0
 """Seconds that handing turns back may take when the process stops."""
 
 
+_Answered: TypeAlias = tuple[PendingJob, bytes, bytes | None]
+"""A job, its outcome, and what comes of it when it is submitted again."""
+
+_ADOPTED, _REDONE = "adopted", "redone"
+
+
 @dataclass(slots=True)
 class _Active:
     """A turn that is worked on here."""
@@ -75,6 +88,10 @@ class _Active:
     """Whether it was asked to stop."""
     entry: dict[str, Any] | None = None
     """What the journal says of the latest extraction: that something was stored, perhaps."""
+    answers: int = 0
+    """How many were written in this turn."""
+    extracted: bool = False
+    """Whether an extraction was begun in it."""
     postponed: list[PendingJob] = field(default_factory=list)
     """Jobs to be tried again."""
     delay: float = 0.0
@@ -191,13 +208,15 @@ class SlowLane:
         """Works on a user's jobs until they are done, or something fails."""
         active = self._active[turn.token]
         try:
-            await self._go_through(active)
+            with contextlib.suppress(DeleteGoesFirst):  # it is due at once
+                await self._go_through(active)
             if active.postponed:
                 jobs = active.postponed
                 await insistently(lambda: self._ledger.postpone(turn, active.delay, jobs))
             else:
-                await insistently(lambda: self._ledger.release(turn, self._pause))
-        except Superseded:
+                pause = self._pause if active.extracted else 0.0
+                await insistently(lambda: self._ledger.release(turn, pause))
+        except (TurnIsOver, Superseded):
             log.info("a turn in the slow lane was taken over")
         except asyncio.CancelledError:
             # The process ends: another shall go on, at once.
@@ -218,9 +237,9 @@ class SlowLane:
         for job in turn.jobs:
             if not isinstance(job.job, AddJob):
                 await self._delete(active, job, alone=alone)
-        if active.postponed:
+        if active.postponed or turn.wait > 0:
             return
-        if turn.journal is not None and not await self._resume(active, turn.journal):
+        if turn.journal is not None and not await self._resume(active, turn.journal, alone=alone):
             return
         if turn.unreadable:
             error = to_wire(UndecodableJob("the job was written by another version of RecallQ"))
@@ -259,60 +278,69 @@ class SlowLane:
     ) -> list[PendingJob]:
         """Those of `jobs` that are to be worked on now; the others are answered."""
         active.entry = None
-        outcomes: list[tuple[PendingJob, bytes, bytes | None]] = []
-        on_time = []
-        for job in jobs:
-            late = 0.0 if job.job.deadline is None else self._now() - job.job.deadline
-            if late > 0:
-                error = JobExpired(f"the job's deadline passed {late:.1f} s before it could begin")
-                outcomes.append((job, _failure(job, error), None))
-            else:
-                on_time.append(job)
-        go, waiting = [], []
-        begin = partial(self._ledger.begin, active.turn, on_time, alone=alone, busy=busy)
-        verdicts = await insistently(begin)
-        if verdicts is None:
-            raise Superseded
-        for job, verdict in zip(on_time, verdicts, strict=True):
-            if verdict.what == "known":
-                outcomes.append((job, verdict.outcome, None))
-            elif verdict.what == "cancelled":
-                outcomes.append((job, _failure(job, never_begun()), None))
-            elif verdict.deaths >= _DEATHS:
-                lost = WorkerLost(
-                    f"{verdict.deaths} workers died while they ran this job and nothing else"
-                )
-                outcomes.append((job, _failure(job, lost), None))
-            elif verdict.what == "wait":
-                waiting.append(job)
-            elif verdict.what == "go":
-                go.append(job)
-        if waiting:
-            active.postponed, active.delay, go = waiting, _DELETE_COMES, []
-        if outcomes:
-            await self._answer(active, outcomes)
-            if go:  # answering ends what was begun
-                await insistently(
-                    lambda: self._ledger.begin(active.turn, go, alone=alone, busy=busy)
-                )
-        return go
+        outcomes: list[_Answered] = []
+        while True:
+            asked = [job for job in jobs if not any(job is done for done, *_ in outcomes)]
+            begin = partial(self._ledger.begin, active.turn, asked, alone=alone, busy=busy)
+            go, waiting, answers = [], [], []
+            for job, verdict in zip(asked, await insistently(begin), strict=True):
+                answer = self._answer_to(job, verdict)
+                if answer is not None:
+                    answers.append((job, answer, None))
+                elif verdict.what == "wait":
+                    waiting.append(job)
+                elif verdict.what == "go":
+                    go.append(job)
+            if waiting:
+                active.postponed, active.delay, go = waiting, _DELETE_COMES, []
+            if not answers:
+                return go
+            await self._answer(active, answers)
+            outcomes += answers
+            if not go:
+                return []
+            # Answering ended what was begun.
+
+    def _answer_to(self, job: PendingJob, verdict: Verdict) -> bytes | None:
+        """What a job is answered that is not to be worked on."""
+        late = 0.0
+        if isinstance(job.job, AddJob) and job.job.deadline is not None:
+            late = self._now() - job.job.deadline
+        if verdict.what == "known":
+            return verdict.outcome
+        if verdict.what == "cancelled":
+            return _failure(job, never_begun())
+        if verdict.what == "stopped":
+            return _failure(job, JobCancelled("the job was stopped before it was tried again"))
+        if verdict.what in ("go", "wait") and late > 0:
+            error = JobExpired(f"the job's deadline passed {late:.1f} s before it could begin")
+            return _failure(job, error)
+        if verdict.deaths >= _DEATHS:
+            return _failure(job, _deadly(verdict.deaths))
+        return None
 
     async def _answer(
         self,
         active: _Active,
-        outcomes: Sequence[tuple[PendingJob, bytes, bytes | None]],
+        outcomes: Sequence[_Answered],
         *,
-        adopted: str = "",
-        settled: bool | None = None,
+        looked_into: str = "",
         unreadable: Sequence[tuple[str, bytes]] = (),
     ) -> str | None:
-        """`settled` is False, unless said otherwise, while nobody has looked into the journal that
-        was found."""
+        """Answers jobs; see `SlowLedger.finish`. The journal that was found stays until somebody
+        has looked into it."""
         turn = active.turn
-        settled = turn.journal is None if settled is None else settled
+        active.answers += 1
+        number = active.answers
+        settled = turn.journal is None or bool(looked_into)
         return await insistently(
             lambda: self._ledger.finish(
-                turn, outcomes, adopted=adopted, settled=settled, unreadable=unreadable
+                turn,
+                number,
+                outcomes,
+                looked_into=looked_into,
+                settled=settled,
+                unreadable=unreadable,
             )
         )
 
@@ -324,6 +352,7 @@ class SlowLane:
         jobs = await self._begin(active, group, alone=alone)
         if not jobs:
             return
+        active.extracted = True
         submissions = [_submission(job) for job in jobs]
         ids = [job.id for job in jobs]
 
@@ -341,21 +370,32 @@ class SlowLane:
         )
         if isinstance(done, JobError) and active.entry is not None:
             # Something may be stored, or even everything. Before it is tried again, nothing is.
-            intent = active.entry["intent"]
-            found = await self._calling(
-                active, jobs, lambda: self._extractor.recover(submissions, intent)
-            )
+            found = await self._recovering(active, jobs, submissions, active.entry)
             if isinstance(found, JobError):
-                for job in jobs:
-                    self._try_again(active, job, found)
+                await self._unresolved(active, jobs, found)
                 return
             if found is None and await self._answer(active, []) is not None:
-                raise Superseded
+                raise TurnIsOver
             done = done if found is None else found
-        if not isinstance(done, JobError):
+        if isinstance(done, JobError):
+            await self._failed(active, jobs, done)
+        else:
             await self._stored(active, jobs, done)
-            return
-        await self._failed(active, jobs, done)
+
+    async def _recovering(
+        self,
+        active: _Active,
+        jobs: Sequence[PendingJob],
+        submissions: Sequence[Submission],
+        entry: dict[str, Any],
+    ) -> list[Extracted] | JobError | None:
+        """Has the extractor look into a journal. Nobody stops it: what it finds must be known."""
+        return await self._calling(
+            active,
+            jobs,
+            lambda: self._extractor.recover(submissions, entry["intent"]),
+            storing=True,
+        )
 
     async def _failed(self, active: _Active, jobs: Sequence[PendingJob], error: JobError) -> None:
         """Nothing came of extracting jobs together, and nothing of them is stored."""
@@ -363,12 +403,28 @@ class SlowLane:
         if len(jobs) > 1 and hopeless:
             # It may be due to one of them: each is given a chance of its own.
             log.warning("extracting together failed (%s); one by one", type(error).__name__)
-            for job in hopeless:
-                await self._extract(active, [job])
-        elif hopeless:
-            await self._answer(active, [(jobs[0], _failure(jobs[0], error), None)])
+            for job in jobs:
+                if active.postponed:
+                    return  # in order
+                if job in hopeless:
+                    await self._extract(active, [job])
+                else:
+                    self._try_again(active, job, error)
+            return
         for job in jobs:
-            if job not in hopeless:
+            if job in hopeless:
+                await self._answer(active, [(job, _failure(job, error), None)])
+            else:
+                self._try_again(active, job, error)
+
+    async def _unresolved(
+        self, active: _Active, jobs: Sequence[PendingJob], error: JobError
+    ) -> None:
+        """Nobody knows what is stored of jobs, because looking failed as well."""
+        for job in jobs:
+            if self._wait(active, job, error) is None:
+                await self._answer(active, [(job, _failure(job, error), None)])
+            else:
                 self._try_again(active, job, error)
 
     async def _stored(
@@ -378,13 +434,15 @@ class SlowLane:
         verdict = await self._answer(active, _answers(jobs, done))
         if verdict is None:
             return
-        if verdict != f"{active.turn.token}:adopted" and active.entry is not None:
-            # Somebody has taken our turn, has not found what we stored, and does it again.
+        if verdict == _REDONE and active.entry is not None:
+            # Somebody has taken our turn, had not found what we stored, and did it again.
             intent = active.entry["intent"]
-            await self._guarded(lambda: self._extractor.recover([], intent))
-        raise Superseded
+            undone = await self._guarded(lambda: self._extractor.recover([], intent))
+            if isinstance(undone, JobError):
+                log.error("memories are stored twice, and cannot be removed: %s", undone)
+        raise TurnIsOver
 
-    async def _resume(self, active: _Active, entry: dict[str, Any]) -> bool:
+    async def _resume(self, active: _Active, entry: dict[str, Any], *, alone: bool) -> bool:
         """Finds out how far the turn before ours came in storing something. Whether to go on."""
         turn = active.turn
         meant = set(entry["jobs"])
@@ -392,22 +450,33 @@ class SlowLane:
         # If some of them were deleted meanwhile, nothing that was made of all of them shall stay.
         whole = len(jobs) == len(meant)
         submissions = [_submission(job) for job in jobs] if whole else []
-        if await insistently(lambda: self._ledger.begin(turn, jobs, busy=True)) is None:
-            raise Superseded
-        done = await self._calling(
-            active, jobs, lambda: self._extractor.recover(submissions, entry["intent"])
-        )
-        if isinstance(done, BackendUnavailable):
-            # Not a failure of the jobs; but nothing can be done for the user before that is known.
-            active.postponed, active.delay = turn.jobs, done.retry_after or _RESUME_AGAIN
-            return False
+        begin = partial(self._ledger.begin, turn, jobs, alone=alone, busy=True)
+        verdicts = await insistently(begin)
+        deadly = [each.deaths for each in verdicts if each.deaths >= _DEATHS]
+        outcomes: list[_Answered] = []
+        done: list[Extracted] | JobError | None = None
+        if deadly:
+            log.error("looking for what an interrupted extraction stored is given up")
+            outcomes = [(job, _failure(job, _deadly(max(deadly))), None) for job in jobs]
+        else:
+            done = await self._recovering(active, jobs, submissions, entry)
         if isinstance(done, JobError):
+            hopeless = [job for job in jobs if self._wait(active, job, done) is None]
+            for job in jobs:
+                if job not in hopeless:
+                    self._try_again(active, job, done)
+            if active.postponed:
+                # Nothing can be done for the user before it is known.
+                active.delay = max(active.delay, _RESUME_AGAIN)
+                return False
             log.error("what an interrupted extraction left behind is not known: %s", done)
+            outcomes = [(job, _failure(job, done), None) for job in jobs]
             done = None
-        outcomes = _answers(jobs, done) if done is not None else []
-        adopted = turn.journal_token if done is not None else ""
-        if await self._answer(active, outcomes, adopted=adopted, settled=True) is not None:
-            raise Superseded
+        if done is not None:
+            outcomes = _answers(jobs, done)
+        looked_into = _REDONE if done is None else _ADOPTED
+        if await self._answer(active, outcomes, looked_into=looked_into) is not None:
+            raise TurnIsOver
         turn.journal = None
         if outcomes:
             turn.jobs = [job for job in turn.jobs if job.id not in meant]
@@ -418,9 +487,11 @@ class SlowLane:
     async def _delete(self, active: _Active, job: PendingJob, *, alone: bool) -> None:
         if active.postponed or not await self._begin(active, [job], alone=alone, busy=True):
             return
-        active.storing = True
         done = await self._calling(
-            active, [job], lambda: self._extractor.delete(job.job.scope, before_epoch=job.epoch)
+            active,
+            [job],
+            lambda: self._extractor.delete(job.job.scope, before_epoch=job.epoch),
+            storing=True,
         )
         if isinstance(done, JobError):
             if self._wait(active, job, done) is not None:
@@ -430,7 +501,7 @@ class SlowLane:
         else:
             outcome = orjson.dumps({"result": {"removed": done}})
         if await self._answer(active, [(job, outcome, None)]) is not None:
-            raise Superseded
+            raise TurnIsOver
 
     # --- failing --------------------------------------------------------------------------------
 
@@ -447,9 +518,16 @@ class SlowLane:
         active.delay = max(active.delay, wait)
 
     async def _calling(
-        self, active: _Active, jobs: Sequence[PendingJob], work: Callable[[], Awaitable[T]]
+        self,
+        active: _Active,
+        jobs: Sequence[PendingJob],
+        work: Callable[[], Awaitable[T]],
+        *,
+        storing: bool = False,
     ) -> T | JobError:
-        """Calls the extractor in such a way that it can be asked to stop."""
+        """Calls the extractor in such a way that it can be asked to stop, unless it is `storing`
+        something from the beginning."""
+        active.storing = storing
         active.running = frozenset(job.id for job in jobs)
         try:
             return await self._guarded(work)
@@ -458,7 +536,7 @@ class SlowLane:
                 raise  # it is the process that is to stop
             active.task.uncancel()
             if active.lost:
-                raise Superseded from None
+                raise TurnIsOver from None
             return JobCancelled("the job was stopped while it ran")
         finally:
             active.running, active.storing, active.stopped = frozenset(), False, False
@@ -487,10 +565,12 @@ def _submission(job: PendingJob) -> Submission:
     return Submission.of(add, job.epoch)
 
 
-def _answers(
-    jobs: Sequence[PendingJob], done: Sequence[Extracted]
-) -> list[tuple[PendingJob, bytes, bytes | None]]:
-    answers: list[tuple[PendingJob, bytes, bytes | None]] = []
+def _deadly(deaths: int) -> WorkerLost:
+    return WorkerLost(f"{deaths} workers died while they ran this job and nothing else")
+
+
+def _answers(jobs: Sequence[PendingJob], done: Sequence[Extracted]) -> list[_Answered]:
+    answers: list[_Answered] = []
     for job, each in zip(jobs, done, strict=True):
         result = {"record_ids": each.record_ids, "added": each.added, "merged": each.merged}
         repeated = orjson.dumps({"result": {**result, "added": 0}}) if job.again else None

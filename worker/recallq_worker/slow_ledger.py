@@ -14,32 +14,48 @@ Everything a crash may fall between is one script. Of a user, by hash tag (see `
     pending   job id -> job;  job id and "+" -> earlier attempts
     turn      t token   w worker, while there is one   d turns begun since one last came to an end
               r the jobs worked on now   x set while they must not be disturbed
-              j token and journal of what is being stored   v "token:adopted" of the journal before
-              b until when to wait for another attempt   k<job> how often it died alone
+              j token and journal of what is being stored   b until when adds wait for another try
+              k<job> how often it died alone, and the token of the turn that counted last
+    turn:f<token>  the last of a turn's answers that was written
+    turn:v<token>  what a later turn made of the journal of this one: adopted, or redone
     done      what came of an add that may be submitted again, with its epoch
 """
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import orjson
 
-from recallq.contract import AddJob, AnyBatch, DeleteJob, fields_of
+from recallq.contract import AddJob, AnyBatch, DeleteJob
 from recallq.keys import Keys, escape
 from recallq.redis_client import RedisClient
 from recallq_worker import slow_scripts as scripts
 from recallq_worker.ledger import LEASE, WorkerLedger
 
-_LOOK_AGAIN = 60.0
-"""Seconds after which a batch is looked after whose jobs are in the slow lane."""
+log = logging.getLogger(__name__)
+
+_LOOK_AGAIN = 600.0
+"""Seconds after which, about, a batch is looked after whose jobs are in the slow lane. It is pushed
+when one of them is done; this is for what nobody has thought of."""
 _REMEMBERED = 30 * 24 * 3600
 """Seconds for which it is remembered what came of an add that may be submitted again."""
+_NOT_BRIEF = 2
 _MOST_JOBS = 200
 _MOST_BYTES = 4 * 1024 * 1024
 """What one turn takes up of a user at most, about."""
+
+
+class TurnIsOver(Exception):
+    """Somebody else has taken up the user."""
+
+
+class DeleteGoesFirst(Exception):
+    """A delete has come, and goes before what was to begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +96,8 @@ class Turn:
     """Turns begun for the user since one last came to an end, this one included."""
     deletion: int
     """Epoch of the user's last deletion that was submitted, and may be on its way yet."""
+    wait: float
+    """Seconds that adds have yet to wait for another attempt."""
     journal: dict[str, Any] | None
     """What the one before was storing when it was interrupted."""
     journal_token: str
@@ -93,8 +111,9 @@ class Verdict:
     """What to do with a job whose turn it is."""
 
     what: str
-    """``go``, ``gone`` (nobody waits for it any more), ``cancelled``, ``known``, or ``wait``: it is
-    known, but a delete is on its way that may concern what came of it."""
+    """``go``, ``gone`` (nobody waits for it any more), ``cancelled``, ``stopped`` (it ran before),
+    ``known``, or ``wait``: it is known, but a delete is on its way that may concern what came of
+    it."""
     outcome: bytes = b""
     """What came of it before, of one that is known."""
     deaths: int = 0
@@ -120,41 +139,43 @@ class SlowLedger:
         prefixes = (keys.waiting(""), keys.pending(""), keys.turn(""), keys.epochs_of(""))
         self._common = [*ledger.script_arguments, *prefixes, keys.done("")[:-1]]
 
-    async def park(self, batch: AnyBatch, jobs: Iterable[Handover]) -> bool:
+    async def park(self, batch: AnyBatch, jobs: Sequence[Handover], *, again: bool) -> bool:
         """Hands over the open jobs of a batch that runs here, all or none, and ends its run.
 
-        False if the batch is not ours any more. Repeating it changes nothing.
+        `again`: they were handed over before, and are most likely known. False if the batch is not
+        ours any more. Repeating it changes nothing.
         """
-        args: list[str | int | bytes] = []
-        for each in jobs:
-            job, scope = each.job, each.job.scope
-            session = scope.session_id or ""
-            kind = "a" if isinstance(job, AddJob) else "d"
-            header = f"{kind}|{each.epoch}|{batch.id}|{each.index}|{escape(session)}\n"
-            args += [
-                each.index,
-                job.id,
-                self._keys.user_tag(scope.tenant, scope.user_id),
-                kind,
-                job.order if isinstance(job, AddJob) else each.epoch,
-                each.epoch,
-                session,
-                int(each.pause * 1000),
-                job.again or "" if isinstance(job, AddJob) else "",
-                header.encode() + orjson.dumps(job, default=fields_of),
-            ]
-        ours, pushed = await self._park(
-            keys=self._script_keys,
-            args=[
-                *self._common,
-                batch.id,
-                self._ledger.worker_id,
-                int(_LOOK_AGAIN * 1000),
-                *args,
-            ],
-        )
-        await self._ledger.push(pushed)
-        return bool(ours)
+        look_again = int(_LOOK_AGAIN * 1000 * random.uniform(0.8, 1.2))  # noqa: S311  # spreads load
+        for brief in (True, False) if again else (False,):
+            args = [part for each in jobs for part in self._handover(batch, each, brief=brief)]
+            verdict, pushed = await self._park(
+                keys=self._script_keys,
+                args=[*self._common, batch.id, self._ledger.worker_id, look_again, *args],
+            )
+            await self._ledger.push(pushed)
+            if verdict != _NOT_BRIEF:
+                break
+        return bool(verdict)
+
+    def _handover(
+        self, batch: AnyBatch, handover: Handover, *, brief: bool
+    ) -> list[str | int | bytes]:
+        job, scope = handover.job, handover.job.scope
+        session = scope.session_id or ""
+        kind = "a" if isinstance(job, AddJob) else "d"
+        header = f"{kind}|{handover.epoch}|{batch.id}|{handover.index}|{escape(session)}\n"
+        return [
+            handover.index,
+            job.id,
+            self._keys.user_tag(scope.tenant, scope.user_id),
+            kind,
+            job.order if isinstance(job, AddJob) else handover.epoch,
+            handover.epoch,
+            session,
+            int(handover.pause * 1000),
+            job.again or "" if isinstance(job, AddJob) else "",
+            b"" if brief else (header + job.model_dump_json()).encode(),
+        ]
 
     async def take(self, most: int) -> tuple[float | None, list[Turn]]:
         """Takes up to `most` users who are due.
@@ -176,11 +197,11 @@ class SlowLedger:
 
     async def begin(
         self, turn: Turn, jobs: Sequence[PendingJob], *, alone: bool = False, busy: bool = False
-    ) -> list[Verdict] | None:
+    ) -> list[Verdict]:
         """Begins work on jobs of a user, and on nothing else; says of each whether to go on.
 
         `alone`: remember who it was if this process dies of it. `busy`: no delete shall interrupt.
-        None if it is not our turn any more.
+        Raises `TurnIsOver`, and `DeleteGoesFirst` unless `busy`.
         """
         args: list[str] = []
         for each in jobs:
@@ -196,7 +217,9 @@ class SlowLedger:
                 *args,
             ],
         )
-        return None if said is None else [_verdict(*each) for each in said]
+        if isinstance(said, int):
+            raise DeleteGoesFirst if said else TurnIsOver
+        return [_verdict(*each) for each in said]
 
     async def journal(self, turn: Turn, intent: Mapping[str, Any]) -> bool:
         """Notes what is about to be stored; False if it is not our turn any more."""
@@ -206,18 +229,20 @@ class SlowLedger:
     async def finish(
         self,
         turn: Turn,
+        number: int,
         outcomes: Sequence[tuple[PendingJob, bytes, bytes | None]],
         *,
-        adopted: str = "",
+        looked_into: str = "",
         settled: bool = True,
         unreadable: Sequence[tuple[str, bytes]] = (),
     ) -> str | None:
         """Answers jobs: of each its outcome, and what is to come of it when it is submitted again.
 
-        `adopted` is the token of the interrupted turn whose work is taken over; `settled`: whether
-        the journal speaks of nothing that is open any more. Returns None once
-        that is written; if it is not our turn any more, what became of what we have stored:
-        ``token:adopted`` if somebody has taken it over.
+        It is answer `number` of the turn, from 1: asked once more, after a lost reply, it is not
+        given twice. `looked_into` tells what became of the journal that the turn found: ``adopted``
+        or ``redone``. `settled`: whether the journal speaks of nothing that is open any more.
+        Returns None once that is written; if it is not our turn any more, what another has made of
+        our journal, as far as it is known.
         """
         args: list[str | int | bytes] = []
         for job, outcome, repeated in outcomes:
@@ -231,7 +256,9 @@ class SlowLedger:
                 *self._common,
                 turn.tag,
                 turn.token,
-                adopted,
+                number,
+                turn.journal_token if looked_into else "",
+                looked_into,
                 _REMEMBERED,
                 "1" if settled else "0",
                 *args,
@@ -274,16 +301,23 @@ def _turn(
     token: bytes,
     begun: int,
     deletion: bytes,
+    wait: int,
     journal: bytes,
     jobs: list[tuple[bytes, bytes, bytes]],
 ) -> Turn:
     before, _, intent = journal.partition(b" ")
+    try:
+        entry = orjson.loads(intent) if intent else None
+    except ValueError:
+        log.exception("a journal of the slow lane cannot be read")
+        entry = None
     turn = Turn(
         tag.decode(),
         token.decode(),
         begun,
         int(deletion),
-        orjson.loads(intent) if intent else None,
+        wait / 1000,
+        entry,
         before.decode(),
         [],
     )

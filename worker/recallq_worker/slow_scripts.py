@@ -5,10 +5,6 @@ The keys are described in `recallq_worker.slow_ledger`, which calls them.
 
 from __future__ import annotations
 
-import orjson
-
-from recallq.contract import never_begun
-from recallq.errors import to_wire
 from recallq_worker.ledger import REQUEUE
 
 # ARGV 1-4: push here (1/0), prefixes of queued sets, queues and batches; 5-9: prefixes of waiting,
@@ -23,9 +19,6 @@ local delayed, held, slow = KEYS[1], KEYS[2], KEYS[3]
 local pushed = {}
 local WAIT_FOR_DELETE = 10000
 local FENCED = '{"result":{"record_ids":[],"added":0}}'
-local CANCELLED = '"""
-    + orjson.dumps({"error": to_wire(never_begun())}).decode()
-    + """'
 
 -- kind, epoch, batch, index, session
 local function header(item)
@@ -42,8 +35,8 @@ local function answer(id, index, outcome)
   end
 end
 
-local function is_cancelled(id, index)
-  local marks = redis.call('HGET', batches .. id, 'c') or ''
+local function is_marked(id, field, index)
+  local marks = redis.call('HGET', batches .. id, field) or ''
   return string.find(',' .. marks, ',' .. index .. ',', 1, true)
 end
 
@@ -80,10 +73,8 @@ local function pause(tag)
   local running, storing = unpack(redis.call('HMGET', turns .. tag, 'r', 'j'))
   for job in string.gmatch(not storing and running or '', '[^,]+') do
     local item = redis.call('HGET', pending .. tag, job)
-    if item then
-      local _, _, id, index = header(item)
-      redis.call('HDEL', batches .. id, 'g' .. index)
-    end
+    local kind, _, id, index = header(item or '')
+    if kind == 'a' then redis.call('HDEL', batches .. id, 'g' .. index) end
   end
   redis.call('HDEL', turns .. tag, 'r', 'x')
 end
@@ -98,9 +89,11 @@ end
 
 # ARGV 10-12: batch id, worker id, time (ms) after which the batch is looked after again. Of each
 # job then: index, job id, tag, "a" or "d", score, epoch, session ("" for all), pause (ms), what is
-# the same when it is submitted again, item.
-# A delete answers the older adds that wait, and need not let an extraction that has not begun to
-# store anything come to its end.
+# the same when it is submitted again, item, which may be left out if it was handed over before.
+# A delete need not let an extraction come to its end that has not begun to store anything. What it
+# concerns is refused as its turn comes; a delete itself has done a part of its work by now, so it
+# counts as running.
+# Returns 1, or 0 if the batch is not ours, or 2 if items are needed after all.
 PARK = (
     _PRELUDE
     + """
@@ -108,6 +101,13 @@ local id = ARGV[10]
 local batch = batches .. id
 local owner, state = unpack(redis.call('HMGET', batch, 'w', 's'))
 if owner ~= ARGV[11] or state ~= 'running' then return {0, pushed} end
+for at = 13, #ARGV, 10 do
+  local index, job, tag = unpack(ARGV, at, at + 2)
+  if ARGV[at + 9] == '' and redis.call('HEXISTS', batch, 'u' .. index) == 0
+     and redis.call('HEXISTS', pending .. tag, job) == 0 then
+    return {2, pushed}
+  end
+end
 local answered = false
 for at = 13, #ARGV, 10 do
   local index, job, tag, kind, score, epoch, session, wait, again, item = unpack(ARGV, at, at + 9)
@@ -129,32 +129,20 @@ for at = 13, #ARGV, 10 do
     else
       local turn = turns .. tag
       local leased, retry, storing, busy = unpack(redis.call('HMGET', turn, 'w', 'b', 'j', 'x'))
-      if kind == 'd' then
-        local _, _, _, _, escaped = header(item)
-        for _, other in ipairs(redis.call('ZRANGE', waiting .. tag, 0, -1)) do
-          local what = redis.call('HGET', pending .. tag, other)
-          local of, old, at_id, at_index, in_session = header(what or '')
-          if of == 'a' and tonumber(old) < tonumber(epoch)
-             and (escaped == '' or in_session == escaped) then
-            answer(at_id, at_index, is_cancelled(at_id, at_index) and CANCELLED or FENCED)
-            drop(tag, other)
-          end
-        end
-        if leased and not storing and not busy then
-          rest(tag)
-          redis.call('HSET', turn, 'd', 0)
-          leased = nil
-        end
+      if kind == 'd' and leased and not storing and not busy then
+        rest(tag)
+        redis.call('HSET', turn, 'd', 0)
+        leased = nil
       end
       redis.call('HSET', pending .. tag, job, item)
       redis.call('ZADD', waiting .. tag, score, job)
-      if kind == 'd' and not leased then
-        redis.call('HDEL', turn, 'b')
-        redis.call('ZADD', slow, now, tag)
+      if kind == 'd' then
+        redis.call('HSET', batch, 'g' .. index, 1)
+        if not leased then redis.call('ZADD', slow, now, tag) end
       elseif not leased and (not retry or tonumber(retry) <= now) then
         local due = redis.call('ZSCORE', slow, tag)
-        local at = now + tonumber(wait)
-        if not due or tonumber(due) > at then redis.call('ZADD', slow, at, tag) end
+        local at_last = now + tonumber(wait)
+        if not due or tonumber(due) > at_last then redis.call('ZADD', slow, at_last, tag) end
       end
     end
   end
@@ -173,7 +161,8 @@ return {1, pushed}
 
 # ARGV 10-14: worker id, lease (ms), most users, most jobs and bytes of each.
 # Returns the time (ms) until the next user is due, and of each: tag, token, turns begun, epoch of
-# the last deletion that was submitted, journal, jobs as id, item, earlier attempts.
+# the last deletion that was submitted, time (ms) that adds have yet to wait for another attempt,
+# journal, jobs as id, item, earlier attempts.
 TAKE = (
     _PRELUDE
     + """
@@ -193,17 +182,17 @@ for _, tag in ipairs(redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, 
   end
   if #jobs == 0 then
     redis.call('ZREM', slow, tag)
-    redis.call('PEXPIRE', turn, 3600000)
+    redis.call('DEL', turn)
   else
     local token = redis.call('INCR', KEYS[4])
     redis.call('HSET', turn, 't', token, 'w', ARGV[10])
-    redis.call('HDEL', turn, 'b')
-    redis.call('PERSIST', turn)
+    local wait = math.max(0, tonumber(redis.call('HGET', turn, 'b') or '0') - now)
+    if wait == 0 then redis.call('HDEL', turn, 'b') end
     redis.call('ZADD', slow, now + tonumber(ARGV[11]), tag)
     local begun = redis.call('HINCRBY', turn, 'd', 1)
     local deletion = redis.call('HGET', epochs .. tag, 'n') or '0'
     local journal = redis.call('HGET', turn, 'j') or ''
-    taken[#taken + 1] = {tag, tostring(token), begun, deletion, journal, jobs}
+    taken[#taken + 1] = {tag, tostring(token), begun, deletion, wait, journal, jobs}
   end
 end
 local next = redis.call('ZRANGE', slow, 0, 0, 'WITHSCORES')
@@ -214,38 +203,55 @@ return {next[2] and math.max(0, next[2] - now) or -1, taken}
 # ARGV 10-13: tag, token, run alone (1/0), not to be disturbed (1/0); of each job then: id, session,
 # what is the same when it is submitted again.
 # Returns of each job: what to do with it, and what came of it before or how often it died alone.
+# 0 if the turn is over; 1 if a delete has come that goes first.
 BEGIN = (
     _PRELUDE
     + """
-local tag, said, running = ARGV[10], {}, {}
-if not mine(tag, ARGV[11]) then return false end
+local tag, token, said, running = ARGV[10], ARGV[11], {}, {}
+local turn = turns .. tag
+if not mine(tag, token) then return 0 end
+if ARGV[13] == '0' then
+  local first = redis.call('ZRANGE', waiting .. tag, 0, 0)[1]
+  local kind = first and header(redis.call('HGET', pending .. tag, first) or '')
+  if kind == 'd' then return 1 end
+end
 pause(tag)
 for at = 14, #ARGV, 3 do
   local job, session, again = unpack(ARGV, at, at + 2)
   local item = redis.call('HGET', pending .. tag, job)
-  local _, _, id, index = header(item or '')
+  local kind, epoch, id, index = header(item or '')
   local jobs = redis.call('HGET', batches .. (id or ''), 'n')
   local before, unsettled
   if item then before, unsettled = known(tag, session, again) end
   if not item or not jobs then
     drop(tag, job)
     said[#said + 1] = {'gone', ''}
-  elseif is_cancelled(id, index) then
+  elseif kind == 'a' and is_marked(id, 'c', index) then
     said[#said + 1] = {'cancelled', ''}
+  elseif kind == 'a' and is_marked(id, 'p', index) then
+    said[#said + 1] = {'stopped', ''}
+  elseif kind == 'a' and tonumber(epoch) < fence_of(tag, session) then
+    said[#said + 1] = {'known', FENCED}
   elseif unsettled and now - unsettled < WAIT_FOR_DELETE then
     said[#said + 1] = {'wait', ''}
   elseif before and not unsettled then
     said[#said + 1] = {'known', before}
   else
     local deaths = 0
-    if ARGV[12] == '1' then deaths = redis.call('HINCRBY', turns .. tag, 'k' .. job, 1) - 1 end
+    if ARGV[12] == '1' then
+      -- Once in a turn, however often this is repeated.
+      local times, by = string.match(redis.call('HGET', turn, 'k' .. job) or '', '^(%d+):(.*)$')
+      deaths = tonumber(times or '0')
+      if by == token then deaths = deaths - 1
+      else redis.call('HSET', turn, 'k' .. job, (deaths + 1) .. ':' .. token) end
+    end
     redis.call('HSET', batches .. id, 'g' .. index, 1)
     running[#running + 1] = job
     said[#said + 1] = {'go', tostring(deaths)}
   end
 end
-redis.call('HSET', turns .. tag, 'r', table.concat(running, ','))
-if ARGV[13] == '1' then redis.call('HSET', turns .. tag, 'x', 1) end
+redis.call('HSET', turn, 'r', table.concat(running, ','))
+if ARGV[13] == '1' then redis.call('HSET', turn, 'x', 1) end
 return said
 """
 )
@@ -260,16 +266,22 @@ return 1
 """
 )
 
-# ARGV 10-14: tag, token, token of the journal that was adopted or "", seconds to remember, whether
-# nothing in the journal is open any more (1/0); of each job then: id, outcome, what is the same
-# when it is submitted again, epoch, what comes of it then.
-# Returns 1 if that is written, else 0 and what became of the last journal before.
+# ARGV 10-16: tag, token, which of the turn's answers this is, token of the journal that was looked
+# into or "", what became of it, seconds to remember, whether nothing in the journal is open any
+# more (1/0); of each job then: id, outcome, what is the same when it is submitted again, epoch,
+# what comes of it then.
+# Returns 1 if that is written, now or when it was asked before; else 0 and what another turn has
+# made of our journal, as far as it is known.
 FINISH = (
     _PRELUDE
     + """
-local tag, turn = ARGV[10], turns .. ARGV[10]
-if not mine(tag, ARGV[11]) then return {0, redis.call('HGET', turn, 'v') or '', pushed} end
-for at = 15, #ARGV, 5 do
+local tag, token = ARGV[10], ARGV[11]
+local turn = turns .. tag
+local memo = turn .. ':f' .. token
+if tonumber(redis.call('GET', memo) or '0') >= tonumber(ARGV[12]) then return {1, '', pushed} end
+if not mine(tag, token) then return {0, redis.call('GET', turn .. ':v' .. token) or '', pushed} end
+redis.call('SET', memo, ARGV[12], 'EX', 600)
+for at = 17, #ARGV, 5 do
   local job, outcome, again, epoch, repeated = unpack(ARGV, at, at + 4)
   local item = redis.call('HGET', pending .. tag, job)
   if item then
@@ -277,15 +289,15 @@ for at = 15, #ARGV, 5 do
     answer(id, index, outcome)
     drop(tag, job)
     if again ~= '' then
-      redis.call('SET', done .. tag .. ':' .. again, epoch .. ' ' .. repeated, 'EX', ARGV[13])
+      redis.call('SET', done .. tag .. ':' .. again, epoch .. ' ' .. repeated, 'EX', ARGV[15])
     end
   end
   redis.call('HDEL', turn, 'k' .. job)
 end
-if ARGV[14] == '1' then redis.call('HDEL', turn, 'j') end
+if ARGV[16] == '1' then redis.call('HDEL', turn, 'j') end
 pause(tag)
 redis.call('HSET', turn, 'd', 0)
-if ARGV[12] ~= '' then redis.call('HSET', turn, 'v', ARGV[12] .. ':adopted') end
+if ARGV[13] ~= '' then redis.call('SET', turn .. ':v' .. ARGV[13], ARGV[14], 'EX', 3600) end
 return {1, '', pushed}
 """
 )
@@ -317,18 +329,20 @@ RELEASE = (
 local tag, turn = ARGV[10], turns .. ARGV[10]
 if not mine(tag, ARGV[11]) then return end
 for job in string.gmatch(redis.call('HGET', turn, 'r') or '', '[^,]+') do
-  if redis.call('HINCRBY', turn, 'k' .. job, -1) < 1 then redis.call('HDEL', turn, 'k' .. job) end
+  local times, by = string.match(redis.call('HGET', turn, 'k' .. job) or '', '^(%d+):(.*)$')
+  if by == ARGV[11] then redis.call('HSET', turn, 'k' .. job, (times - 1) .. ':') end
 end
 rest(tag)
 redis.call('HSET', turn, 'd', 0)
 local next = redis.call('ZRANGE', waiting .. tag, 0, 0)[1]
 if next then
   local kind = header(redis.call('HGET', pending .. tag, next) or '')
-  redis.call('ZADD', slow, kind == 'a' and now + tonumber(ARGV[12]) or now, tag)
+  local retry = tonumber(redis.call('HGET', turn, 'b') or '0')
+  local due = kind == 'a' and math.max(retry, now + tonumber(ARGV[12])) or now
+  redis.call('ZADD', slow, due, tag)
 else
   redis.call('ZREM', slow, tag)
-  if redis.call('HEXISTS', turn, 'v') == 1 then redis.call('PEXPIRE', turn, 3600000)
-  else redis.call('DEL', turn) end
+  redis.call('DEL', turn)
 end
 """
 )
@@ -348,9 +362,8 @@ for at = 11, #ARGV, 2 do
     local stop = {}
     for job in string.gmatch(redis.call('HGET', turns .. tag, 'r') or '', '[^,]+') do
       local item = redis.call('HGET', pending .. tag, job)
-      local _, _, id, index = header(item or '')
-      local marks = item and redis.call('HGET', batches .. id, 'p') or ''
-      if not item or string.find(',' .. marks, ',' .. index .. ',', 1, true) then
+      local kind, _, id, index = header(item or '')
+      if not item or (kind == 'a' and is_marked(id, 'p', index)) then
         stop[#stop + 1] = job
       end
     end

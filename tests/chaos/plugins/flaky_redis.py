@@ -156,7 +156,10 @@ class FlakyExtractor(FlakyRedisStore):
             for each in submissions
         ]
         await self._through(_nothing)
-        await journal({"ids": [each.record_ids for each in made]})
+        scope = submissions[0].scope
+        base = f"{self._keys.namespace}:m:{self._keys.user_tag(scope.tenant, scope.user_id)}"
+        ids = [each.record_ids for each in made]
+        await journal({"ids": ids, "base": base, "session": scope.session_id})
         await self._through(lambda: self._store(submissions, made))
         return made
 
@@ -175,26 +178,20 @@ class FlakyExtractor(FlakyRedisStore):
     async def recover(
         self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
-        ids: list[list[str]] = intent["ids"]
-        return await self._through(lambda: self._recover(submissions, ids))
+        return await self._through(lambda: self._recover(submissions, intent))
 
     async def _recover(
-        self, submissions: Sequence[Submission], ids: list[list[str]]
+        self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
-        every = [record_id for each in ids for record_id in each]
-        if not submissions:
-            return None  # the delete that took them takes these
-        scope = submissions[0].scope
-        tag = self._keys.user_tag(scope.tenant, scope.user_id)
-        base = f"{self._keys.namespace}:m:{tag}"
+        ids: list[list[str]] = intent["ids"]
+        every, base = [record_id for each in ids for record_id in each], intent["base"]
         found = await self._redis.hmget(f"{base}:r", every)
-        if all(each is not None for each in found):
+        if submissions and all(each is not None for each in found):
             return [Extracted(each, len(each), len(ids)) for each in ids]
-        session = f"{base}:s:{escape(scope.session_id or '')}"
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hdel(f"{base}:r", *every)
             pipe.zrem(f"{base}:o", *every)
-            pipe.zrem(session, *every)
+            pipe.zrem(f"{base}:s:{escape(intent['session'])}", *every)
             await pipe.execute()
         return None
 

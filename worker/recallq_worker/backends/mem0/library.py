@@ -231,7 +231,9 @@ class Mem0Library(Mem0Backend):
         if finished.ids:
             await journal(finished.intent)
         # From here on a thread writes: whoever is to stop waits until it has.
-        await _to_its_end(self._extracting(lambda: self._write(finished), "storing memories"))
+        write = self._extracting(lambda: self._write(finished), "storing memories")
+        if not await _to_its_end(write):
+            return together([], len(submissions))
         return finished.extracted
 
     def _draft(self, submissions: Sequence[Submission], draft: Draft) -> _Finished:
@@ -292,8 +294,9 @@ class Mem0Library(Mem0Backend):
         ]
         return _Finished(draft, min(each.epoch for each in submissions), extracted)
 
-    def _write(self, finished: _Finished) -> None:
-        """Stores a draft. Repeating it after a failure changes nothing that was stored."""
+    def _write(self, finished: _Finished) -> bool:
+        """Stores a draft; False if a deletion has passed meanwhile. Repeating it after a failure
+        changes nothing that was stored."""
         draft = finished.draft
         rows = draft.memories
         vectors, payloads, ids = [r.vector for r in rows], [r.payload for r in rows], finished.ids
@@ -302,23 +305,23 @@ class Mem0Library(Mem0Backend):
         elif isinstance(self._store, RedisVectorStore):
             added = self._store.store(vectors, payloads, ids)
             if set(added) == {Added.FENCED}:
-                raise Superseded
+                return False
         else:
-            self._refuse_if_fenced(finished)
+            # It knows no epochs: before it, and once more in case a deletion came at that moment.
+            if self._is_fenced(finished):
+                return False
             self._store.insert(vectors=vectors, payloads=payloads, ids=ids)
-            try:
-                self._refuse_if_fenced(finished)
-            except Superseded:
+            if self._is_fenced(finished):
                 self._remove(draft.owner, ids)
-                raise
+                return False
         with owner_is(draft.owner, epoch=finished.epoch):
             self._write_beside(finished)
+        return True
 
-    def _refuse_if_fenced(self, finished: _Finished) -> None:
-        """For vector stores that know no epochs."""
+    def _is_fenced(self, finished: _Finished) -> bool:
         draft = finished.draft
-        if self._recent.is_fenced(draft.owner, draft.run, finished.epoch):
-            raise Superseded
+        fenced: bool = self._recent.is_fenced(draft.owner, draft.run, finished.epoch)
+        return fenced
 
     def _write_beside(self, finished: _Finished) -> None:
         """What helps mem0 find and make memories, and is no memory: if it fails, it is missing."""
