@@ -35,6 +35,12 @@ def server() -> Iterator[OpenAIServer]:
 
 
 @pytest.fixture
+def platform() -> Iterator[Mem0Server]:
+    with Mem0Server(processing_time=0.5) as platform:
+        yield platform
+
+
+@pytest.fixture
 def start_mem0(
     server: OpenAIServer, redis_url: str, start_worker: Callable[..., Worker]
 ) -> StartMem0:
@@ -229,23 +235,24 @@ async def test_workers_that_are_killed_in_the_middle(
         assert await texts(client, f"user-{user}") == wanted
 
 
-async def test_the_platform(client: MemoryClient, start_worker: Callable[..., Worker]) -> None:
-    with Mem0Server(processing_time=0.5) as platform:
-        await asyncio.to_thread(
-            lambda: start_worker(
-                backend="mem0",
-                mem0_mode="platform",
-                mem0_host=platform.url,
-                mem0_api_key=platform.api_key,
-            )
+async def test_the_platform(
+    platform: Mem0Server, client: MemoryClient, start_worker: Callable[..., Worker]
+) -> None:
+    await asyncio.to_thread(
+        lambda: start_worker(
+            backend="mem0",
+            mem0_mode="platform",
+            mem0_host=platform.url,
+            mem0_api_key=platform.api_key,
         )
-        handle = await client.submit_add("ann lee", ["I like tea", "and coffee"], "s")
-        await state(handle, JobState.RUNNING)
-        assert (await handle.result(10)).added == 2
-        assert Counter(await texts(client, "ann lee")) == Counter(["I like tea", "and coffee"])
-        (hit, *_) = await client.search("ann lee", "tea")
-        assert (hit.message.text, hit.session_id) == ("I like tea", "s")
-        await client.delete_memory("ann lee")
-        assert await texts(client, "ann lee") == []
-        platform.fail("/v3/memories/add", 429, times=1, headers={"Retry-After": "1"})
-        assert (await client.add_memory("bob", "milk")).added == 1
+    )
+    handle = await client.submit_add("ann lee", ["I like tea", "and coffee"], "s")
+    await state(handle, JobState.RUNNING)
+    assert (await handle.result(10)).added == 2
+    assert Counter(await texts(client, "ann lee")) == Counter(["I like tea", "and coffee"])
+    (hit, *_) = await client.search("ann lee", "tea")
+    assert (hit.message.text, hit.session_id) == ("I like tea", "s")
+    await client.delete_memory("ann lee")
+    assert await texts(client, "ann lee") == []
+    platform.fail("/v3/memories/add", 429, times=1, headers={"Retry-After": "1"})
+    assert (await client.add_memory("bob", "milk")).added == 1

@@ -237,7 +237,7 @@ class SlowLane:
         for job in turn.jobs:
             if not isinstance(job.job, AddJob):
                 await self._delete(active, job, alone=alone)
-        if active.postponed or turn.wait > 0:
+        if active.postponed or (turn.wait > 0 and await self._must_wait(active)):
             return
         if turn.journal is not None and not await self._resume(active, turn.journal, alone=alone):
             return
@@ -250,6 +250,13 @@ class SlowLane:
             if active.postponed:
                 return  # in order: what comes later waits with it
             await self._extract(active, group, alone=alone)
+
+    async def _must_wait(self, active: _Active) -> bool:
+        """Whether an add is left that waits for another attempt; those that a delete has fenced off
+        are answered now."""
+        adds = [job for job in active.turn.jobs if isinstance(job.job, AddJob)]
+        left = await self._begin(active, adds, alone=False)
+        return bool(active.postponed) or any(job.attempts for job in left)
 
     def _grouped(self, jobs: Iterable[PendingJob], deletion: int) -> list[list[PendingJob]]:
         """The jobs in groups to be extracted together, within the token budget.
