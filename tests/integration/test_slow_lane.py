@@ -6,7 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
@@ -20,7 +20,12 @@ from recallq import (
     MemoryClient,
     WorkerLost,
 )
+from recallq.contract import AddJob, decode_batch
 from recallq.embedded import EmbeddedRedis
+from recallq.keys import Keys
+from recallq.redis_client import RedisClient
+from recallq_worker.ledger import WorkerLedger
+from recallq_worker.slow_ledger import Handover, SlowLedger, Turn
 from tests.support import Worker, eventually, redis_at
 
 StartWorker = Callable[..., Worker]
@@ -84,8 +89,10 @@ async def nothing_is_left(client: MemoryClient) -> None:
 
 class TestMerging:
     async def test_what_waits_for_a_user_is_extracted_together_and_in_order(
-        self, client: MemoryClient, worker: Worker
+        self, client: MemoryClient, start_worker: StartWorker
     ) -> None:
+        # Batches that are submitted at once come one after the other.
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, slow_pause=1)
         handles = await asyncio.gather(
             *(client.submit_add(f"user-{n % 4}", f"text {n:03}", "s") for n in range(200))
         )
@@ -250,6 +257,55 @@ class TestDeletion:
         assert (await client.add_memory("ann", "new", timeout=5)).added == 1
         assert await texts(client, "ann") == ["new"]
 
+    @pytest.mark.parametrize("how", ["cancelled", "expired"])
+    async def test_a_delete_that_has_begun_its_work_comes_to_its_end(
+        self, client: MemoryClient, start_worker: StartWorker, how: str
+    ) -> None:
+        """From the moment on that it reaches the slow lane, older adds are refused."""
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live")
+        old = await client.submit_add("ann", "old")
+        await asyncio.sleep(0.5)
+        delete = await client.submit_delete("ann", timeout=1 if how == "expired" else None)
+        await state(delete, JobState.RUNNING)
+        if how == "cancelled":
+            assert not await delete.cancel()
+        else:
+            await asyncio.sleep(1.5)
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="slow")
+        assert (await delete.result(10)).removed == 0
+        assert (await old.result(10)).added == 0
+        await nothing_is_left(client)
+
+    async def test_a_delete_goes_before_the_rest_of_what_waits(
+        self, client: MemoryClient, worker: Worker
+    ) -> None:
+        handles = [await client.submit_add("ann", f"slow store 1.5 {n}", f"s{n}") for n in range(8)]
+        await begun(client, 1)
+        began = time.monotonic()
+        await client.delete_memory("ann", "s0", timeout=10)
+        assert time.monotonic() - began < 4
+        for handle in handles:
+            await handle.result(30)
+        assert len(await texts(client, "ann")) == 7
+
+    async def test_many_deletes_of_a_user_for_whom_much_waits(
+        self, client: MemoryClient, start_worker: StartWorker
+    ) -> None:
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live")
+        adds = await asyncio.gather(
+            *(client.submit_add("ann", "x" * 500, f"s{n % 100}") for n in range(2000))
+        )
+        deletes = await asyncio.gather(*(client.submit_delete("ann", f"s{n}") for n in range(64)))
+        for delete in deletes:
+            await state(delete, JobState.RUNNING)
+        async with redis_at(client.settings.redis_url) as redis:
+            slowest = max([each["duration"] for each in await redis.slowlog_get(128)], default=0)
+        assert slowest < 300_000, "microseconds in one script"
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="slow")
+        results = await asyncio.gather(*(each.result(60) for each in adds))
+        assert sum(each.added for each in results) == 2000 - 64 * 20
+        await nothing_is_left(client)
+
 
 class TestFailing:
     async def test_tried_again_and_in_order(self, client: MemoryClient, worker: Worker) -> None:
@@ -275,6 +331,59 @@ class TestFailing:
         assert letter.id == handles[1].id
         assert letter.error == "refused, as told"
         await nothing_is_left(client)
+
+    async def test_one_by_one_keeps_the_order_too(
+        self, client: MemoryClient, worker: Worker
+    ) -> None:
+        said = ["please refuse", "fail 1 times", "last"]
+        handles = await asyncio.gather(*(client.submit_add("ann", text) for text in said))
+        with pytest.raises(BackendError):
+            await handles[0].result(10)
+        for handle in handles[1:]:
+            await handle.result(10)
+        assert await texts(client, "ann") == said[1:]
+        order = [text for each in await extractions(client) for text in each["texts"]]
+        assert order[-2:] == ["fail 1 times", "last"]
+
+    async def test_a_wait_that_was_asked_for_is_kept_whatever_is_deleted(
+        self, client: MemoryClient, worker: Worker
+    ) -> None:
+        handle = await client.submit_add("ann", "fail 9 times, wait 4")
+        await begun(client, 1)
+        for n in range(3):
+            await client.delete_memory("ann", f"other {n}", timeout=5)
+        assert len(await extractions(client)) == 1
+        assert not (await handle.status()).settled
+        await begun(client, 2)
+
+    async def test_what_can_neither_be_stored_nor_found_is_given_up(
+        self, client: MemoryClient, start_worker: StartWorker
+    ) -> None:
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, retry_base=0.05)
+        handle = await client.submit_add("ann", "bad store bad recover")
+        with pytest.raises(BackendError, match="as told"):
+            await handle.result(10)
+        assert len(await extractions(client)) == 1
+        assert await handle.status() is JobState.DEAD
+        await nothing_is_left(client)
+
+    async def test_a_worker_that_dies_of_looking_what_was_stored(
+        self, client: MemoryClient, start_worker: StartWorker
+    ) -> None:
+        worker = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
+        handle = await client.submit_add("ann", "die half way, die in recover")
+        other = await client.submit_add("ann", "behind it")
+        deaths = 0
+        while not (await handle.status()).settled:
+            assert deaths < 8
+            if not worker.is_alive():
+                deaths += 1
+                await asyncio.to_thread(worker.start)
+            await asyncio.sleep(0.2)
+        # Looking is given up. What was half stored may be there twice; nobody's message is lost.
+        assert (await handle.result(5)).record_ids
+        assert (await other.result(10)).record_ids
+        assert "not looked" in worker.output
 
     async def test_attempts_run_out_and_are_told(
         self, client: MemoryClient, start_worker: StartWorker
@@ -431,6 +540,30 @@ class TestHandles:
         assert await texts(client, "ann") == []
         await nothing_is_left(client)
 
+    async def test_cancelled_between_two_attempts_it_is_not_tried_again(
+        self, client: MemoryClient, worker: Worker
+    ) -> None:
+        handle = await client.submit_add("ann", "sleep 0.5 fail 9 times, wait 1")
+        await state(handle, JobState.RUNNING)
+        await handle.cancel()
+        with pytest.raises(JobCancelled):
+            await handle.result(10)
+        assert len(await extractions(client)) == 1
+        await nothing_is_left(client)
+
+    async def test_cancelled_while_it_is_looked_for_it_is_stored_once(
+        self, client: MemoryClient, start_worker: StartWorker
+    ) -> None:
+        victim = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
+        handle = await client.submit_add("ann", "die after storing, slow recover 3")
+        await asyncio.to_thread(victim.wait)
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR)
+        await asyncio.sleep(6)
+        assert not await handle.cancel()
+        assert (await handle.result(10)).added == 1
+        assert len(await texts(client, "ann")) == 1
+        await nothing_is_left(client)
+
     async def test_a_deadline_that_passes_while_it_waits(
         self, client: MemoryClient, worker: Worker
     ) -> None:
@@ -443,6 +576,85 @@ class TestHandles:
         await asyncio.sleep(0.5)
         assert await texts(client, "ann") == ["sleep 3"]
         await nothing_is_left(client)
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[RedisClient]:
+    async with redis_at(redis_url) as redis:
+        yield redis
+
+
+class TestLostReplies:
+    """What a script does that is called again, because nobody heard what it said."""
+
+    @pytest.fixture
+    async def ledger(self, redis: RedisClient, namespace: str) -> SlowLedger:
+        return self.ledger_of(redis, namespace, "w1")
+
+    @staticmethod
+    def ledger_of(redis: RedisClient, namespace: str, worker: str) -> SlowLedger:
+        keys = Keys(namespace)
+        return SlowLedger(
+            redis, keys, WorkerLedger(redis, redis, redis, keys, worker, one_step=True)
+        )
+
+    @pytest.fixture
+    async def turn(self, client: MemoryClient, redis: RedisClient, ledger: SlowLedger) -> Turn:
+        """A user with one add, taken up."""
+        await self.park(client, redis, "tea")
+        _, turns = await ledger.take(5)
+        assert len(turns) == 1
+        return turns[0]
+
+    async def park(self, client: MemoryClient, redis: RedisClient, text: str) -> None:
+        """Hands an add over, as a worker of the live lane does."""
+        namespace = client.settings.namespace
+        await client.submit_add("ann", text)
+        while True:
+            message = orjson.loads(cast("bytes", await redis.rpop(f"{namespace}.live")))
+            if text in message["body"]:
+                break
+        batch = decode_batch(orjson.loads(message["body"])[0][0])
+        keys = Keys(namespace)
+        worker = WorkerLedger(redis, redis, redis, keys, "w1", one_step=True)
+        claim = await worker.claim(batch)
+        assert claim is not None
+        job = batch.jobs[0]
+        assert isinstance(job, AddJob)
+        handover = Handover(0, job, claim.epochs[0], 0.0)
+        assert await SlowLedger(redis, keys, worker).park(batch, [handover], again=False)
+
+    async def test_an_answer_is_given_once(
+        self, client: MemoryClient, redis: RedisClient, ledger: SlowLedger, turn: Turn
+    ) -> None:
+        """Even if somebody else has taken up the user meanwhile: it was written all the same."""
+        (job,) = turn.jobs
+        await ledger.begin(turn, [job])
+        assert await ledger.journal(turn, {"jobs": [job.id], "intent": {}})
+        answered = [(job, b'{"result":{"record_ids":["r"],"added":1}}', None)]
+        assert await ledger.finish(turn, 1, answered) is None
+        await self.park(client, redis, "coffee")
+        await redis.zadd(Keys(client.settings.namespace).slow, {turn.tag: 0})
+        _, (other,) = await ledger.take(5)
+        assert other.token != turn.token
+        assert await ledger.finish(turn, 1, answered) is None
+        assert await ledger.finish(turn, 2, answered) == ""
+
+    async def test_dying_is_counted_once_in_a_turn(self, ledger: SlowLedger, turn: Turn) -> None:
+        for _ in range(5):
+            (verdict,) = await ledger.begin(turn, turn.jobs, alone=True)
+            assert verdict.deaths == 0
+
+    async def test_what_was_answered_is_not_cancelled_any_more(
+        self, client: MemoryClient, ledger: SlowLedger, turn: Turn
+    ) -> None:
+        """It may be stored, though nobody has collected the answer yet."""
+        (job,) = turn.jobs
+        handle = client.handle(job.id)
+        await ledger.begin(turn, [job])
+        await ledger.finish(turn, 1, [(job, b'{"result":{"record_ids":[],"added":1}}', None)])
+        assert await handle.status() is JobState.RUNNING
+        assert not await handle.cancel()
 
 
 class TestElsewhere:

@@ -97,7 +97,9 @@ class ObedientExtractor(RedisStore):
     ``<namespace>:extractions``, and which users' ran at once at the most in ``<namespace>:most``.
 
     ``die before storing``, ``die half way`` and ``die after storing`` end the worker process at
-    these moments, the first time.
+    these moments, the first time, and ``die in recover`` each time. ``bad store``, ``bad recover``,
+    ``slow store 2`` and ``slow recover 2`` say what happens while it stores, and while it looks
+    what was stored.
     """
 
     name: ClassVar[str] = "extractor"
@@ -136,7 +138,12 @@ class ObedientExtractor(RedisStore):
             ids = [record.record_id for record in records]
             await self._die("die before storing", texts)
             base = f"{namespace}:m:{self._keys.user_tag(scope.tenant, scope.user_id)}"
-            await journal({"ids": ids, "base": base, "session": scope.session_id})
+            await journal({"ids": ids, "base": base, "session": scope.session_id, "texts": texts})
+            for text in texts:
+                if slept := re.search(r"\bslow store ([0-9.]+)", text):
+                    await asyncio.sleep(float(slept[1]))
+                if "bad store" in text:
+                    raise BackendError("not stored, as told")
             for record in records:
                 await RedisStore.add(self, [record])
                 await self._die("die half way", texts)
@@ -158,6 +165,13 @@ class ObedientExtractor(RedisStore):
         self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
         ids, base = intent["ids"], intent["base"]
+        for text in intent["texts"]:
+            if "bad recover" in text:
+                raise BackendError("not found, as told")
+            if "die in recover" in text:
+                os._exit(9)
+            if slept := re.search(r"\bslow recover ([0-9.]+)", text):
+                await asyncio.sleep(float(slept[1]))
         found = await self._redis.hmget(f"{base}:r", ids)
         if submissions and all(each is not None for each in found):
             return _shared(submissions, ids)

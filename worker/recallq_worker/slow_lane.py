@@ -239,7 +239,7 @@ class SlowLane:
                 await self._delete(active, job, alone=alone)
         if active.postponed or (turn.wait > 0 and await self._must_wait(active)):
             return
-        if turn.journal is not None and not await self._resume(active, turn.journal, alone=alone):
+        if turn.journal is not None and not await self._resume(active, turn.journal):
             return
         if turn.unreadable:
             error = to_wire(UndecodableJob("the job was written by another version of RecallQ"))
@@ -323,7 +323,8 @@ class SlowLane:
             error = JobExpired(f"the job's deadline passed {late:.1f} s before it could begin")
             return _failure(job, error)
         if verdict.deaths >= _DEATHS:
-            return _failure(job, _deadly(verdict.deaths))
+            deaths = f"{verdict.deaths} workers died while they ran this job and nothing else"
+            return _failure(job, WorkerLost(deaths))
         return None
 
     async def _answer(
@@ -449,7 +450,7 @@ class SlowLane:
                 log.error("memories are stored twice, and cannot be removed: %s", undone)
         raise TurnIsOver
 
-    async def _resume(self, active: _Active, entry: dict[str, Any], *, alone: bool) -> bool:
+    async def _resume(self, active: _Active, entry: dict[str, Any]) -> bool:
         """Finds out how far the turn before ours came in storing something. Whether to go on."""
         turn = active.turn
         meant = set(entry["jobs"])
@@ -457,14 +458,11 @@ class SlowLane:
         # If some of them were deleted meanwhile, nothing that was made of all of them shall stay.
         whole = len(jobs) == len(meant)
         submissions = [_submission(job) for job in jobs] if whole else []
-        begin = partial(self._ledger.begin, turn, jobs, alone=alone, busy=True)
-        verdicts = await insistently(begin)
-        deadly = [each.deaths for each in verdicts if each.deaths >= _DEATHS]
+        await insistently(lambda: self._ledger.begin(turn, jobs, busy=True))
         outcomes: list[_Answered] = []
         done: list[Extracted] | JobError | None = None
-        if deadly:
-            log.error("looking for what an interrupted extraction stored is given up")
-            outcomes = [(job, _failure(job, _deadly(max(deadly))), None) for job in jobs]
+        if turn.begun > _SUSPICIOUS + _DEATHS:
+            log.error("workers die of looking what an interrupted extraction stored; not looked")
         else:
             done = await self._recovering(active, jobs, submissions, entry)
         if isinstance(done, JobError):
@@ -570,10 +568,6 @@ def _submission(job: PendingJob) -> Submission:
     add = job.job
     assert isinstance(add, AddJob)  # the callers' lists hold adds only
     return Submission.of(add, job.epoch)
-
-
-def _deadly(deaths: int) -> WorkerLost:
-    return WorkerLost(f"{deaths} workers died while they ran this job and nothing else")
 
 
 def _answers(jobs: Sequence[PendingJob], done: Sequence[Extracted]) -> list[_Answered]:

@@ -185,14 +185,14 @@ class FlakyExtractor(FlakyRedisStore):
     ) -> list[Extracted] | None:
         ids: list[list[str]] = intent["ids"]
         every, base = [record_id for each in ids for record_id in each], intent["base"]
-        found = await self._redis.hmget(f"{base}:r", every)
+        found = await self._asking(self._redis.hmget(f"{base}:r", every))
         if submissions and all(each is not None for each in found):
             return [Extracted(each, len(each), len(ids)) for each in ids]
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hdel(f"{base}:r", *every)
             pipe.zrem(f"{base}:o", *every)
             pipe.zrem(f"{base}:s:{escape(intent['session'])}", *every)
-            await pipe.execute()
+            await self._asking(pipe.execute())
         return None
 
 
