@@ -188,6 +188,7 @@ class TestWhatGoesWrong:
             ('["tea"]', "no list of memories"),
             ('{"memory": ["tea"]}', "without a text"),
             ('{"memory": [{"text": "milk"}, {"txt": "tea"}]}', "without a text"),
+            ('{"memory": [{"text": "half \\ud83d"}]}', "half a character"),
         ],
     )
     async def test_answers_that_mem0_cannot_use_are_seen(
@@ -197,6 +198,70 @@ class TestWhatGoesWrong:
         with pytest.raises(BackendUnavailable, match=reason):
             await mem0.extract([submission(user, "tea")], Notes())
         assert await texts(mem0, user) == []
+
+    @pytest.mark.parametrize("infer", [True, False])
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            (CHAT, {"error": {"message": "overloaded"}}),
+            (CHAT, {"choices": []}),
+            (CHAT, "<html>gateway</html>"),
+            (EMBEDDINGS, {"object": "list", "data": [], "model": "m"}),
+            (EMBEDDINGS, {"object": "list", "data": [{"index": 0, "embedding": []}]}),
+            (EMBEDDINGS, "<html>gateway</html>"),
+        ],
+    )
+    async def test_answers_of_another_shape_are_no_defect_of_ours(
+        self, mem0: Mem0Library, server: OpenAIServer, user: str, path: str, body: Any, infer: bool
+    ) -> None:
+        if path == CHAT and not infer:
+            return  # nobody asks
+        server.fail(path, 200, body=body)
+        notes = Notes()
+        with pytest.raises(BackendUnavailable):
+            await mem0.extract([submission(user, "tea", "milk", infer=infer)], notes)
+        server.clear_faults()
+        assert notes.intents == []
+        assert await texts(mem0, user) == []
+
+    async def test_an_answer_that_is_cut_off_is_asked_for_in_smaller_parts(
+        self, mem0: Mem0Library, server: OpenAIServer, user: str
+    ) -> None:
+        adds = [submission(user, "tea"), submission(user, "milk")]
+        server.answers.append(Answer('{"memory": [{"text": "te', finish_reason="length"))
+        with pytest.raises(BackendError, match="cut off"):
+            await mem0.extract(adds, Notes())
+        server.answers.append(Answer('{"memory": [{"text": "te', finish_reason="length"))
+        with pytest.raises(BackendUnavailable, match="cut off"):
+            await mem0.extract(adds[:1], Notes())
+
+    async def test_very_long_texts(
+        self, mem0: Mem0Library, server: OpenAIServer, user: str
+    ) -> None:
+        """Embedding models refuse them; the beginning says enough to find them by."""
+        long = "zebra " + "and so on " * 20_000
+        await mem0.extract([submission(user, long)], Notes())
+        await mem0.extract([submission(user, long, infer=False)], Notes())
+        assert await texts(mem0, user) == [long.strip(), long]
+        found = await mem0.search(Scope("default", user), long, top_k=2, score_threshold=None)
+        assert len(found) == 2
+
+    async def test_attributions_that_are_no_role(
+        self, mem0: Mem0Library, server: OpenAIServer, user: str
+    ) -> None:
+        memory = {"text": "tea", "attributed_to": ["user", "assistant"]}
+        server.answers.append({"memory": [memory]})
+        await mem0.extract([submission(user, "tea")], Notes())
+        (found,) = await mem0.list(Scope("default", user), offset=0, limit=5)
+        assert found.message["role"] == "user"
+
+    async def test_what_was_said_is_known_later_even_if_nothing_was_memorable(
+        self, mem0: Mem0Library, server: OpenAIServer, user: str
+    ) -> None:
+        server.answers.append('{"memory": []}')
+        await mem0.extract([submission(user, "my dog is called Rex")], Notes())
+        await mem0.extract([submission(user, "he is brown")], Notes())
+        assert "Rex" in str(server.requests_to(CHAT)[-1].body)
 
     @pytest.mark.parametrize(
         "answer",
