@@ -39,6 +39,7 @@ from recallq_worker.settings import WorkerSettings
 from recallq_worker.single_process import LEASE_SECONDS, RENEW_EVERY, OwnerLease
 from recallq_worker.slow_lane import SlowLane
 from recallq_worker.slow_ledger import SlowLedger
+from recallq_worker.slow_turn import Rules
 from recallq_worker.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
@@ -207,11 +208,8 @@ class Runtime:
             slow_lane = SlowLane(
                 memory,
                 slow_ledger,
-                retries,
-                now=clock.now,
+                Rules(settings.slow_tokens, settings.slow_timeout, retries, clock.now),
                 users_at_once=settings.slow_users,
-                token_budget=settings.slow_tokens,
-                timeout=settings.slow_timeout,
                 pause=settings.slow_pause,
             )
         dead_letters = DeadLetters(coordination, self._keys)

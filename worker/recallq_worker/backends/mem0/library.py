@@ -13,11 +13,9 @@ import asyncio
 import contextvars
 import logging
 import time
-import uuid
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Executor
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any, Self, TypeAlias, TypeVar
@@ -27,7 +25,7 @@ from mem0 import Memory  # type: ignore[import-untyped]
 from mem0.vector_stores.configs import VectorStoreConfig  # type: ignore[import-untyped]
 from pydantic import ValidationError
 
-from recallq.contract import Health, Scope, timestamp
+from recallq.contract import Health, Scope
 from recallq.errors import BackendError, BackendUnavailable, ConfigurationError, JobError
 from recallq_worker.backends.base import (
     Added,
@@ -45,9 +43,8 @@ from recallq_worker.backends.mem0.drafts import (
     Draft,
     DraftedStore,
     DraftingEmbedder,
-    DraftRow,
-    drafting,
 )
+from recallq_worker.backends.mem0.extraction import Finished, by_submission, extract
 from recallq_worker.backends.mem0.failures import CutOffAnswer, as_job_error
 from recallq_worker.backends.mem0.recent import RecentMessages
 from recallq_worker.backends.mem0.settings import Mem0Settings, batch_limit, complete
@@ -72,30 +69,9 @@ _SEARCH_TIMEOUT = 15.0
 """Seconds that a search waits for its embedding."""
 _NEXT_ROUND = 0.2
 """Seconds between two looks whether a vector store still shows what was deleted."""
-_IDS = uuid.UUID("5d7d4b0e-6f0a-4b5e-9a53-0f6ce0f0c9b1")
-"""The namespace of ids that are made of record ids."""
 _DEFAULT_THRESHOLD = 0.1
 """mem0's own: less similar memories are not looked at."""
 _FIRST_PAGE = 1000
-
-
-@dataclass(slots=True)
-class _Finished:
-    """A draft as it is to be stored."""
-
-    draft: Draft
-    epoch: int
-    extracted: list[Extracted]
-
-    @property
-    def ids(self) -> list[str]:
-        return [row.id for row in self.draft.memories]
-
-    @property
-    def intent(self) -> dict[str, Any]:
-        """What `Mem0Library.recover` has to know."""
-        entities = [row.id for row in self.draft.entities]
-        return {"owner": self.draft.owner, "ids": self.ids, "entities": entities}
 
 
 class Mem0Library(Mem0Backend):
@@ -217,9 +193,12 @@ class Mem0Library(Mem0Backend):
     async def extract(self, submissions: Sequence[Submission], journal: Journal) -> list[Extracted]:
         scope = submissions[0].scope
         draft = Draft(run=shapes.session(scope) or "", owner=shapes.owner(scope))
+        infer = self.infers(submissions[-1])
         doing = "extracting memories with mem0"
         try:
-            finished = await self._extracting(lambda: self._draft(submissions, draft), doing)
+            finished = await self._extracting(
+                lambda: extract(self._memory, submissions, draft, infer=infer), doing
+            )
         except asyncio.CancelledError:
             draft.failure = draft.failure or Superseded()  # no further call to a model
             raise
@@ -236,65 +215,7 @@ class Mem0Library(Mem0Backend):
             return together([], len(submissions))
         return finished.extracted
 
-    def _draft(self, submissions: Sequence[Submission], draft: Draft) -> _Finished:
-        """Has mem0 make memories of the submissions, without storing any."""
-        last = submissions[-1]
-        infer = self.infers(last)
-        sent = [
-            (each, index, message)
-            for each in submissions
-            for index, message in shapes.messages(each, infer=infer).items()
-        ]
-        lowest = min(each.epoch for each in submissions)
-        if not sent:
-            return _Finished(draft, lowest, together([], len(submissions)))
-        with owner_is(draft.owner, epoch=lowest), drafting(draft):
-            if not infer:
-                # mem0 would ask for each by itself, one after the other.
-                self._memory.embedding_model.embed_batch([each["content"] for *_, each in sent])
-            self._memory.add(
-                [message for *_, message in sent],
-                user_id=draft.owner,
-                run_id=draft.run,
-                metadata=shapes.metadata_of_all(last) if infer else None,
-                infer=infer,
-            )
-        if not infer:
-            return self._as_they_are(draft, submissions, sent)
-        ids: dict[str, str] = {}
-        for place, row in enumerate(draft.memories):
-            # Sorted by id, memories of one extraction are in the order in which mem0 made them.
-            ids[row.id] = row.id = f"{place:08x}{row.id[8:]}"
-            _mark(row, last.order, lowest)
-        payloads = [each.payload for each in draft.entities] + [*draft.entity_updates.values()]
-        for payload in payloads:
-            linked = payload.get("linked_memory_ids") or []
-            payload["linked_memory_ids"] = sorted(ids.get(each, each) for each in linked)
-            payload[shapes.EPOCH] = lowest
-        extracted = together([row.id for row in draft.memories], len(submissions))
-        return _Finished(draft, lowest, extracted)
-
-    def _as_they_are(
-        self,
-        draft: Draft,
-        submissions: Sequence[Submission],
-        sent: Sequence[tuple[Submission, int, dict[str, Any]]],
-    ) -> _Finished:
-        """Every message a memory, under an id that is the same whenever it is stored."""
-        found: dict[str, list[str]] = {each.job_id: [] for each in submissions}
-        for row, (submission, index, message) in zip(draft.memories, sent, strict=True):
-            original = submission.messages[index]
-            row.id = _id_of(submission.record_ids[index], index)
-            row.payload |= shapes.metadata(original) | shapes.whole(original, message)
-            _mark(row, submission.order, submission.epoch)
-            found[submission.job_id].append(row.id)
-        extracted = [
-            Extracted(found[each.job_id], len(found[each.job_id]), len(submissions))
-            for each in submissions
-        ]
-        return _Finished(draft, min(each.epoch for each in submissions), extracted)
-
-    def _write(self, finished: _Finished) -> bool:
+    def _write(self, finished: Finished) -> bool:
         """Stores a draft; False if a deletion has passed meanwhile. Repeating it after a failure
         changes nothing that was stored."""
         draft = finished.draft
@@ -318,12 +239,12 @@ class Mem0Library(Mem0Backend):
             self._write_beside(finished)
         return True
 
-    def _is_fenced(self, finished: _Finished) -> bool:
+    def _is_fenced(self, finished: Finished) -> bool:
         draft = finished.draft
         fenced: bool = self._recent.is_fenced(draft.owner, draft.run, finished.epoch)
         return fenced
 
-    def _write_beside(self, finished: _Finished) -> None:
+    def _write_beside(self, finished: Finished) -> None:
         """What helps mem0 find and make memories, and is no memory: if it fails, it is missing."""
         draft = finished.draft
         steps: list[Callable[[], object]] = []
@@ -366,7 +287,7 @@ class Mem0Library(Mem0Backend):
             if submissions and len(found) == len(ids):
                 if self.infers(submissions[0]):
                     return together(ids, len(submissions))
-                return _by_submission(submissions, ids)
+                return by_submission(submissions, ids)
         same_again = bool(submissions) and not self.infers(submissions[0])
         if isinstance(self._store, RedisVectorStore) and not same_again:
             # Whoever was interrupted may still be about to store them.
@@ -567,25 +488,6 @@ def _ask_models(part: Any) -> None:
             if isinstance(told, BackendError) and getattr(error, "status_code", 0) in (403, 404):
                 return  # not every server has such a list, and not every key may see it
             raise
-
-
-def _mark(row: DraftRow, order: int, epoch: int) -> None:
-    row.payload |= {shapes.ORDER: order, shapes.EPOCH: epoch}
-    row.payload["created_at"] = row.payload["updated_at"] = timestamp(order).isoformat()
-
-
-def _id_of(record_id: str, index: int) -> str:
-    """A UUID, as some vector stores want; those of one add sort by its messages."""
-    return f"{index:08x}{str(uuid.uuid5(_IDS, record_id))[8:]}"
-
-
-def _by_submission(submissions: Sequence[Submission], ids: Sequence[str]) -> list[Extracted]:
-    known, found = set(ids), []
-    for each in submissions:
-        made = [_id_of(record_id, index) for index, record_id in enumerate(each.record_ids)]
-        mine = [record_id for record_id in made if record_id in known]
-        found.append(Extracted(mine, len(mine), len(submissions)))
-    return found
 
 
 def _records(scope: Scope, rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Record]:

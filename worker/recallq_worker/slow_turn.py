@@ -1,0 +1,453 @@
+"""One user's turn in the slow lane: what waits for them, worked on in order.
+
+Deletes go first, for what they concern is refused by then; then what an interrupted turn may have
+stored is looked into; then come the adds, those that may be extracted together in as few calls as
+the token budget allows. A turn ends early when something fails: what comes later waits with it.
+
+What is at stake when a process dies, is with `recallq_worker.slow_ledger`: nothing here needs to
+survive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import orjson
+
+from recallq.contract import AddJob, never_begun
+from recallq.errors import (
+    BackendUnavailable,
+    InternalError,
+    JobCancelled,
+    JobError,
+    JobExpired,
+    UndecodableJob,
+    WorkerLost,
+    to_wire,
+)
+from recallq_worker.backends.base import Extracted, MemoryExtractor, Submission, Superseded
+from recallq_worker.insistence import insistently
+from recallq_worker.retries import RetryPolicy
+from recallq_worker.slow_ledger import PendingJob, SlowLedger, Turn, TurnIsOver, Verdict
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SUSPICIOUS = 2
+"""Turns that did not come to an end after which a user's jobs are worked on one by one."""
+_DEATHS = 3
+"""Workers that a job may take with it, alone, before it is given up."""
+_RESUME_AGAIN = 5.0
+"""Seconds between two tries to find out what an interrupted extraction left behind."""
+_DELETE_COMES = 0.3
+"""Seconds between two looks whether a delete that is on its way has come."""
+
+_Answered: TypeAlias = tuple[PendingJob, bytes, bytes | None]
+"""A job, its outcome, and what comes of it when it is submitted again."""
+
+_ADOPTED, _REDONE = "adopted", "redone"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What holds for every turn."""
+
+    token_budget: int
+    """Most tokens in one extraction, about."""
+    timeout: float
+    """Seconds that one call of the extractor may take."""
+    retries: RetryPolicy
+    now: Callable[[], float]
+
+
+class ActiveTurn:
+    """A turn that is worked on here."""
+
+    def __init__(
+        self, turn: Turn, extractor: MemoryExtractor, ledger: SlowLedger, rules: Rules
+    ) -> None:
+        self.turn = turn
+        self.task: asyncio.Task[None]
+        self.running: frozenset[str] = frozenset()
+        """Jobs that the call which runs now is about."""
+        self.lost = False
+        """Whether it is somebody else's turn by now."""
+        self.extracted = False
+        """Whether an extraction was begun."""
+        self.postponed: list[PendingJob] = []
+        """Jobs to be tried again."""
+        self.delay = 0.0
+        """Seconds until then."""
+        self._extractor = extractor
+        self._ledger = ledger
+        self._rules = rules
+        self._storing = False
+        """Whether the call may have begun to store something."""
+        self._stopped = False
+        """Whether it was asked to stop."""
+        self._entry: dict[str, Any] | None = None
+        """What the journal says of the latest extraction: that something was stored, perhaps."""
+        self._answers = 0
+        """How many were written in this turn."""
+        self._draw = random.random()  # noqa: S311  # spreads load
+
+    def interrupt(self) -> None:
+        """Stops the call that runs, unless it may be storing something: then it finds out later."""
+        if self.running and not self._storing and not self._stopped:
+            self._stopped = True
+            self.task.cancel()
+
+    async def work(self) -> None:
+        """Works on the user's jobs until they are done, or something fails.
+
+        Raises `TurnIsOver`, and `DeleteGoesFirst` if the turn is to be released at once.
+        """
+        turn = self.turn
+        alone = turn.begun > _SUSPICIOUS
+        for job in turn.jobs:
+            if not isinstance(job.job, AddJob):
+                await self._delete(job, alone=alone)
+        if self.postponed or (turn.wait > 0 and await self._must_wait()):
+            return
+        if turn.journal is not None and not await self._resume(turn.journal):
+            return
+        if turn.unreadable:
+            error = to_wire(UndecodableJob("the job was written by another version of RecallQ"))
+            outcomes = [(job, orjson.dumps({"error": error})) for job in turn.unreadable]
+            await self._answer([], unreadable=outcomes)
+        adds = [job for job in turn.jobs if isinstance(job.job, AddJob)]
+        for group in [[job] for job in adds] if alone else self._grouped(adds, turn.deletion):
+            if self.postponed:
+                return  # in order: what comes later waits with it
+            await self._extract(group, alone=alone)
+
+    async def _must_wait(self) -> bool:
+        """Whether an add is left that waits for another attempt; those that a delete has fenced off
+        are answered now."""
+        adds = [job for job in self.turn.jobs if isinstance(job.job, AddJob)]
+        left = await self._begin(adds, alone=False)
+        return bool(self.postponed) or any(job.attempts for job in left)
+
+    def _grouped(self, jobs: Iterable[PendingJob], deletion: int) -> list[list[PendingJob]]:
+        """The jobs in groups to be extracted together, within the token budget.
+
+        What a delete concerns that is on its way yet, and what came after it, go apart.
+        """
+        groups: list[list[PendingJob]] = []
+        current: dict[Hashable, tuple[list[PendingJob], set[str], int]] = {}
+        for job in jobs:
+            submission = _submission(job)
+            key = (self._extractor.group(submission), job.epoch < deletion)
+            size = self._extractor.tokens(submission)
+            group, seen, total = current.get(key, ([], set(), 0))
+            # What was submitted twice is not extracted twice: the second finds what came of it.
+            if not group or total + size > self._rules.token_budget or job.again in seen:
+                group, seen, total = [], set(), 0
+                groups.append(group)
+            group.append(job)
+            if job.again:
+                seen.add(job.again)
+            current[key] = group, seen, total + size
+        return groups
+
+    async def _begin(
+        self, jobs: Sequence[PendingJob], *, alone: bool, busy: bool = False
+    ) -> list[PendingJob]:
+        """Those of `jobs` that are to be worked on now; the others are answered."""
+        self._entry = None
+        outcomes: list[_Answered] = []
+        while True:
+            asked = [job for job in jobs if not any(job is done for done, *_ in outcomes)]
+            begin = partial(self._ledger.begin, self.turn, asked, alone=alone, busy=busy)
+            go, waiting, answers = [], [], []
+            for job, verdict in zip(asked, await insistently(begin), strict=True):
+                answer = self._answer_to(job, verdict)
+                if answer is not None:
+                    answers.append((job, answer, None))
+                elif verdict.what == "wait":
+                    waiting.append(job)
+                elif verdict.what == "go":
+                    go.append(job)
+            if waiting:
+                self.postponed, self.delay, go = waiting, _DELETE_COMES, []
+            if not answers:
+                return go
+            await self._answer(answers)
+            outcomes += answers
+            if not go:
+                return []
+            # Answering ended what was begun.
+
+    def _answer_to(self, job: PendingJob, verdict: Verdict) -> bytes | None:
+        """What a job is answered that is not to be worked on."""
+        late = 0.0
+        if isinstance(job.job, AddJob) and job.job.deadline is not None:
+            late = self._rules.now() - job.job.deadline
+        if verdict.what == "known":
+            return verdict.outcome
+        if verdict.what == "cancelled":
+            return _failure(job, never_begun())
+        if verdict.what == "stopped":
+            return _failure(job, JobCancelled("the job was stopped before it was tried again"))
+        if verdict.what in ("go", "wait") and late > 0:
+            error = JobExpired(f"the job's deadline passed {late:.1f} s before it could begin")
+            return _failure(job, error)
+        if verdict.deaths >= _DEATHS:
+            deaths = f"{verdict.deaths} workers died while they ran this job and nothing else"
+            return _failure(job, WorkerLost(deaths))
+        return None
+
+    async def _answer(
+        self,
+        outcomes: Sequence[_Answered],
+        *,
+        looked_into: str = "",
+        unreadable: Sequence[tuple[str, bytes]] = (),
+    ) -> str | None:
+        """Answers jobs; see `SlowLedger.finish`. The journal that was found stays until somebody
+        has looked into it."""
+        turn = self.turn
+        self._answers += 1
+        number = self._answers
+        settled = turn.journal is None or bool(looked_into)
+        return await insistently(
+            lambda: self._ledger.finish(
+                turn,
+                number,
+                outcomes,
+                looked_into=looked_into,
+                settled=settled,
+                unreadable=unreadable,
+            )
+        )
+
+    # --- extracting -----------------------------------------------------------------------------
+
+    async def _extract(self, group: Sequence[PendingJob], *, alone: bool = False) -> None:
+        jobs = await self._begin(group, alone=alone)
+        if not jobs:
+            return
+        self.extracted = True
+        submissions = [_submission(job) for job in jobs]
+        ids = [job.id for job in jobs]
+
+        async def journal(intent: dict[str, Any]) -> None:
+            if self._stopped or self.lost:
+                raise Superseded
+            self._storing = True
+            entry = {"jobs": ids, "intent": intent}
+            if not await insistently(lambda: self._ledger.journal(self.turn, entry)):
+                raise Superseded
+            self._entry = entry
+
+        done = await self._calling(jobs, lambda: self._extractor.extract(submissions, journal))
+        if isinstance(done, JobError) and self._entry is not None:
+            # Something may be stored, or even everything. Before it is tried again, nothing is.
+            found = await self._recovering(jobs, submissions, self._entry)
+            if isinstance(found, JobError):
+                await self._unresolved(jobs, found)
+                return
+            if found is None and await self._answer([]) is not None:
+                raise TurnIsOver
+            done = done if found is None else found
+        if isinstance(done, JobError):
+            await self._failed(jobs, done)
+        else:
+            await self._stored(jobs, done)
+
+    async def _recovering(
+        self,
+        jobs: Sequence[PendingJob],
+        submissions: Sequence[Submission],
+        entry: dict[str, Any],
+    ) -> list[Extracted] | JobError | None:
+        """Has the extractor look into a journal. Nobody stops it: what it finds must be known."""
+        return await self._calling(
+            jobs,
+            lambda: self._extractor.recover(submissions, entry["intent"]),
+            storing=True,
+        )
+
+    async def _failed(self, jobs: Sequence[PendingJob], error: JobError) -> None:
+        """Nothing came of extracting jobs together, and nothing of them is stored."""
+        hopeless = [job for job in jobs if self._wait(job, error) is None]
+        if len(jobs) > 1 and hopeless:
+            # It may be due to one of them: each is given a chance of its own.
+            log.warning("extracting together failed (%s); one by one", type(error).__name__)
+            for job in jobs:
+                if self.postponed:
+                    return  # in order
+                if job in hopeless:
+                    await self._extract([job])
+                else:
+                    self._try_again(job, error)
+            return
+        for job in jobs:
+            if job in hopeless:
+                await self._answer([(job, _failure(job, error), None)])
+            else:
+                self._try_again(job, error)
+
+    async def _unresolved(self, jobs: Sequence[PendingJob], error: JobError) -> None:
+        """Nobody knows what is stored of jobs, because looking failed as well."""
+        for job in jobs:
+            if self._wait(job, error) is None:
+                await self._answer([(job, _failure(job, error), None)])
+            else:
+                self._try_again(job, error)
+
+    async def _stored(self, jobs: Sequence[PendingJob], done: Sequence[Extracted]) -> None:
+        """Answers jobs whose memories are stored."""
+        verdict = await self._answer(_answers(jobs, done))
+        if verdict is None:
+            return
+        if verdict == _REDONE and self._entry is not None:
+            # Somebody has taken our turn, had not found what we stored, and did it again.
+            intent = self._entry["intent"]
+            undone = await self._guarded(lambda: self._extractor.recover([], intent))
+            if isinstance(undone, JobError):
+                log.error("memories are stored twice, and cannot be removed: %s", undone)
+        raise TurnIsOver
+
+    async def _resume(self, entry: dict[str, Any]) -> bool:
+        """Finds out how far the turn before ours came in storing something. Whether to go on."""
+        turn = self.turn
+        meant = set(entry["jobs"])
+        jobs = [job for job in turn.jobs if job.id in meant]
+        # If some of them were deleted meanwhile, nothing that was made of all of them shall stay.
+        whole = len(jobs) == len(meant)
+        submissions = [_submission(job) for job in jobs] if whole else []
+        await insistently(lambda: self._ledger.begin(turn, jobs, busy=True))
+        outcomes: list[_Answered] = []
+        done: list[Extracted] | JobError | None = None
+        if turn.begun > _SUSPICIOUS + _DEATHS:
+            log.error("workers die of looking what an interrupted extraction stored; not looked")
+        else:
+            done = await self._recovering(jobs, submissions, entry)
+        if isinstance(done, JobError):
+            hopeless = [job for job in jobs if self._wait(job, done) is None]
+            for job in jobs:
+                if job not in hopeless:
+                    self._try_again(job, done)
+            if self.postponed:
+                # Nothing can be done for the user before it is known.
+                self.delay = max(self.delay, _RESUME_AGAIN)
+                return False
+            log.error("what an interrupted extraction left behind is not known: %s", done)
+            outcomes = [(job, _failure(job, done), None) for job in jobs]
+            done = None
+        if done is not None:
+            outcomes = _answers(jobs, done)
+        looked_into = _REDONE if done is None else _ADOPTED
+        if await self._answer(outcomes, looked_into=looked_into) is not None:
+            raise TurnIsOver
+        turn.journal = None
+        if outcomes:
+            turn.jobs = [job for job in turn.jobs if job.id not in meant]
+        return True
+
+    # --- deleting -------------------------------------------------------------------------------
+
+    async def _delete(self, job: PendingJob, *, alone: bool) -> None:
+        if self.postponed or not await self._begin([job], alone=alone, busy=True):
+            return
+        done = await self._calling(
+            [job],
+            lambda: self._extractor.delete(job.job.scope, before_epoch=job.epoch),
+            storing=True,
+        )
+        if isinstance(done, JobError):
+            if self._wait(job, done) is not None:
+                self._try_again(job, done)
+                return
+            outcome = _failure(job, done)
+        else:
+            outcome = orjson.dumps({"result": {"removed": done}})
+        if await self._answer([(job, outcome, None)]) is not None:
+            raise TurnIsOver
+
+    # --- failing --------------------------------------------------------------------------------
+
+    def _wait(self, job: PendingJob, error: JobError) -> float | None:
+        left = None if job.job.deadline is None else job.job.deadline - self._rules.now()
+        return self._rules.retries.wait(error, job.attempts + 1, left=left, draw=self._draw)
+
+    def _try_again(self, job: PendingJob, error: JobError) -> None:
+        """`error` is such that a later attempt may succeed."""
+        wait = self._wait(job, error) or 0.0
+        job.attempts += 1
+        job.history.append({"at": self._rules.now(), "error": _in_words(error)})
+        self.postponed.append(job)
+        self.delay = max(self.delay, wait)
+
+    async def _calling(
+        self,
+        jobs: Sequence[PendingJob],
+        work: Callable[[], Awaitable[T]],
+        *,
+        storing: bool = False,
+    ) -> T | JobError:
+        """Calls the extractor in such a way that it can be asked to stop, unless it is `storing`
+        something from the beginning."""
+        self._storing = storing
+        self.running = frozenset(job.id for job in jobs)
+        try:
+            return await self._guarded(work)
+        except asyncio.CancelledError:
+            if not self._stopped or self.task.cancelling() != 1:
+                raise  # it is the process that is to stop
+            self.task.uncancel()
+            if self.lost:
+                raise TurnIsOver from None
+            return JobCancelled("the job was stopped while it ran")
+        finally:
+            self.running, self._storing, self._stopped = frozenset(), False, False
+
+    async def _guarded(self, work: Callable[[], Awaitable[T]]) -> T | JobError:
+        """What `work` returns, or the error that its jobs end with. Raises `Superseded`."""
+        name = self._extractor.name
+        try:
+            async with asyncio.timeout(self._rules.timeout):
+                return await work()
+        except JobError as error:
+            return error
+        except Superseded:
+            raise
+        except TimeoutError:
+            return BackendUnavailable(f"{name} did not finish within {self._rules.timeout:g} s")
+        except Exception as error:
+            # Named, not quoted: what an unexpected error says may hold what users said.
+            log.exception("unexpected error in backend %s", name)
+            return InternalError(f"{type(error).__name__} in backend {name}; see the worker's log")
+
+
+def _submission(job: PendingJob) -> Submission:
+    add = job.job
+    assert isinstance(add, AddJob)  # the callers' lists hold adds only
+    return Submission.of(add, job.epoch)
+
+
+def _answers(jobs: Sequence[PendingJob], done: Sequence[Extracted]) -> list[_Answered]:
+    answers: list[_Answered] = []
+    for job, each in zip(jobs, done, strict=True):
+        result = {"record_ids": each.record_ids, "added": each.added, "merged": each.merged}
+        repeated = orjson.dumps({"result": {**result, "added": 0}}) if job.again else None
+        answers.append((job, orjson.dumps({"result": result}), repeated))
+    return answers
+
+
+def _failure(job: PendingJob, error: JobError) -> bytes:
+    return orjson.dumps(
+        {"error": to_wire(error), "attempts": job.attempts + 1, "history": job.history}
+    )
+
+
+def _in_words(error: JobError) -> str:
+    return "{code}: {message}".format_map(to_wire(error))
