@@ -44,6 +44,8 @@ class Keys:
         self.slow = f"{namespace}:slow"
         """Sorted set: hash tags of the users for whom writes wait in the slow lane, by the time
         (ms) at which a worker may take one up; of those taken up, by the end of the lease."""
+        self.extracts = f"{namespace}:extracts"
+        """There while workers run a backend that extracts memories, and a day longer."""
         self.slow_tokens = f"{namespace}:slow-tokens"
         """Counter: the last fencing token given in the slow lane."""
         self.workers = f"{namespace}:workers"
@@ -80,6 +82,10 @@ class Keys:
     def waiting(self, user_tag: str) -> str:
         """Sorted set: ids of the jobs that wait for a user's turn in the slow lane, in order."""
         return f"{self.namespace}:waiting:{user_tag}"
+
+    def coming(self, user_tag: str) -> str:
+        """Sorted set: ids of a user's adds that are on their way to the slow lane, in order."""
+        return f"{self.namespace}:coming:{user_tag}"
 
     def pending(self, user_tag: str) -> str:
         """Hash: those jobs by their ids."""

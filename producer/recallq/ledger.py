@@ -33,7 +33,7 @@ from typing import cast
 
 import orjson
 
-from recallq.contract import AnyJob, Batch, DeleteJob, JobState, Lane, Operation, key_digest
+from recallq.contract import AddJob, AnyJob, Batch, DeleteJob, JobState, Lane, Operation, key_digest
 from recallq.errors import QueueFull
 from recallq.keys import Keys
 from recallq.redis_client import RedisClient
@@ -47,10 +47,12 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 """Lua: `now` in milliseconds."""
 
-# KEYS: batch, queued, outstanding, queue, result, clock, then the epoch hash of each user.
+# KEYS: batch, queued, outstanding, queue, result, clock, whether memories are extracted, then the
+#       epoch hash of each user and the set of the user's adds that are on their way.
 # ARGV: batch id, lane, jobs, high-water mark, operation, message, enqueue here (1/0),
 #       "1,1,2": the user of each job, "3,3,0": the jobs' epochs where they are known already,
-#       of deletes with idempotency keys "d1,,d3": each job's, seconds to remember these.
+#       of deletes with idempotency keys "d1,,d3": each job's, seconds to remember these,
+#       of adds "123,124,": their order keys.
 # Repeating it after a lost reply is harmless: a batch that is in the ledger is not entered again,
 # nor one that was answered in the meantime, where results are kept on the same Redis.
 _PUBLISH = (
@@ -71,7 +73,7 @@ if epochs == '' then
   local each, digests = {}, {}
   for digest in string.gmatch(ARGV[10], '([^,]*),') do digests[#digests + 1] = digest end
   for user in string.gmatch(ARGV[8], '%d+') do
-    local key = KEYS[6 + tonumber(user)]
+    local key = KEYS[6 + 2 * tonumber(user)]
     local last = tonumber(redis.call('HGET', key, 'n') or '0')
     if ARGV[5] == 'delete' then
       local digest = digests[#each + 1] or ''
@@ -85,6 +87,17 @@ if epochs == '' then
     end
   end
   epochs = table.concat(each, ',')
+end
+if ARGV[12] ~= '' and redis.call('EXISTS', KEYS[7]) == 1 then
+  -- Extractions wait for what was submitted before, as long as it may be on its way.
+  local index, users = 0, {}
+  for user in string.gmatch(ARGV[8], '%d+') do users[#users + 1] = tonumber(user) end
+  for order in string.gmatch(ARGV[12], '%d+') do
+    local coming = KEYS[7 + 2 * users[index + 1]]
+    redis.call('ZADD', coming, order, ARGV[1] .. '-' .. index)
+    redis.call('EXPIRE', coming, 3600)
+    index = index + 1
+  end
 end
 redis.call('HSET', KEYS[1], 's', 'queued', 'l', ARGV[2], 'n', ARGV[3],
            'e', epochs, 'm', ARGV[6], 't', now)
@@ -151,8 +164,8 @@ class ProducerLedger:
         user_of_job: list[str] = []
         if batch.operation is not Operation.HEALTH:
             for job in batch.jobs:
-                key = self._keys.epochs(job.scope.tenant, job.scope.user_id)
-                user_of_job.append(str(users.setdefault(key, len(users) + 1)))
+                tag = self._keys.user_tag(job.scope.tenant, job.scope.user_id)
+                user_of_job.append(str(users.setdefault(tag, len(users) + 1)))
         queue = batch.lane.queue(self._keys.namespace)
         accepted, outstanding = await self._publish(
             keys=[
@@ -162,7 +175,8 @@ class ProducerLedger:
                 queue,
                 self._keys.result(batch.id),
                 self._keys.clock,
-                *users,
+                self._keys.extracts,
+                *(key for tag in users for key in self._of_user(tag)),
             ],
             args=[
                 batch.id,
@@ -176,6 +190,7 @@ class ProducerLedger:
                 ",".join(map(str, epochs or ())),
                 _digests(batch),
                 _KEYS_LIVE,
+                "".join(f"{job.order}," for job in batch.jobs if isinstance(job, AddJob)),
             ],
         )
         if not accepted:
@@ -185,6 +200,9 @@ class ProducerLedger:
                 "or start more workers",
                 retry_after=1.0,
             )
+
+    def _of_user(self, tag: str) -> tuple[str, str]:
+        return self._keys.epochs_of(tag), self._keys.coming(tag)
 
     async def look_up(self, batch_id: str, index: int) -> LedgerEntry | None:
         """The state of job `index`; None if the batch is not outstanding."""

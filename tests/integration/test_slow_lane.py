@@ -181,6 +181,24 @@ class TestSideBySide:
         assert await texts(client, "ann") == said
         assert not any("two extractions" in each.output for each in workers)
 
+    async def test_what_was_submitted_before_and_is_on_its_way_yet_is_waited_for(
+        self, client: MemoryClient, worker: Worker, namespace: str
+    ) -> None:
+        """Its message is lost, say, and sent again after some seconds."""
+        await client.add_memory("ann", "zero")
+        worker.signal(signal.SIGSTOP)
+        first = await client.submit_add("ann", "one")
+        gone = await client.submit_add("ann", "cancelled")
+        async with redis_at(client.settings.redis_url) as redis:
+            assert await redis.ltrim(f"{namespace}.live", 1, -1)  # the newest, pushed at the left
+            await gone.cancel()
+            second = await client.submit_add("ann", "two")
+            assert await redis.lrange(f"{namespace}.live", 0, -1)
+        worker.signal(signal.SIGCONT)
+        assert (await first.result(20)).added + (await second.result(20)).added == 2
+        said = [text for each in await extractions(client) for text in each["texts"]]
+        assert said == ["zero", "one", "two"]
+
     async def test_a_worker_without_the_slow_lane_leaves_it_to_others(
         self, client: MemoryClient, start_worker: StartWorker
     ) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from recallq.clock import FleetClock
-from recallq.contract import AnyBatch, BatchResult, JobState, Operation, Scope
+from recallq.contract import AddJob, AnyBatch, BatchResult, JobState, Operation, Scope
 from recallq.dead_letters import of_job
 from recallq.errors import JobError, to_wire
 from recallq.keys import Keys
@@ -103,6 +103,8 @@ class BatchRunner:
                 result.users, result.epochs = users, claim.epochs
             observer = _Observer(batch, claim, self._ledger, self._dead_letters, self._clock)
             left = await self._service.run(batch, claim, result, observer)
+            if self._service.extracts and not claim.handed_over:
+                await self._tell_refused(batch, result)
             if claim.deliveries > 1 and batch.operation.writes:
                 await self._withdraw_letters(batch, result)
         except asyncio.CancelledError:
@@ -122,6 +124,12 @@ class BatchRunner:
             self._running.discard(task)
             if not kept:
                 self._held.discard(batch.id)
+
+    async def _tell_refused(self, batch: AnyBatch, result: BatchResult) -> None:
+        """Says which adds will not come to the slow lane."""
+        for job, outcome in zip(batch.jobs, result.outcomes, strict=True):
+            if outcome is not None and isinstance(job, AddJob):
+                await insistently(partial(self._slow_ledger.refused, job))
 
     async def _withdraw_letters(self, batch: AnyBatch, result: BatchResult) -> None:
         """Removes the dead letters of jobs that have succeeded after all: the worker that wrote

@@ -223,7 +223,7 @@ class Runtime:
             raise ServiceUnavailable(f"backend {backend.name} does not start: {error}") from error
         workers = WorkerRegistry(coordination, self._keys)
         self._background += [
-            asyncio.create_task(_for_ever(lambda: self._sign(workers))),
+            asyncio.create_task(_for_ever(lambda: self._sign(workers, coordination))),
             asyncio.create_task(_for_ever(lambda: keep_time(clock, coordination))),
             asyncio.create_task(_for_ever(runner.keep_leases)),
             asyncio.create_task(_for_ever(Sweeper(ledger).sweep)),
@@ -253,7 +253,7 @@ class Runtime:
         for client in self._clients.values():
             await client.aclose(close_connection_pool=True)
 
-    async def _sign(self, workers: WorkerRegistry) -> None:
+    async def _sign(self, workers: WorkerRegistry, coordination: RedisClient) -> None:
         info = WorkerInfo(
             id=self.worker_id,
             host=socket.gethostname(),
@@ -268,6 +268,8 @@ class Runtime:
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT):
                     await workers.sign(info)
+                    if isinstance(self.services.backend, MemoryExtractor):
+                        await coordination.set(self._keys.extracts, 1, ex=24 * 3600)
             except LOST as error:
                 log.warning("cannot give a sign of life: %s", type(error).__name__)
             await asyncio.sleep(SIGN_OF_LIFE_EVERY)

@@ -278,6 +278,11 @@ class MemoryService:
         return error is not None
 
     @property
+    def extracts(self) -> bool:
+        """Whether adds go through the slow lane."""
+        return self._extractor is not None
+
+    @property
     def is_suspicious(self) -> bool:
         """Whether a batch of which a worker has died runs here; no other is run beside it."""
         return self._suspects.locked()

@@ -9,6 +9,8 @@ Everything a crash may fall between is one script. Of a user, by hash tag (see `
 
     slow      when somebody may take up the user: after a pause for others to join, at the end of
               the lease, when another attempt is due
+    coming    adds that were submitted, and are not here yet: what was submitted later waits for
+              them for some seconds, as long as it takes to run again what a killed worker held
     waiting   job ids in order: deletes by their epoch (ms), which is below the order key (µs) of
               any add, so they come first; what they concern is gone by then
     pending   job id -> job;  job id and "+" -> earlier attempts
@@ -112,8 +114,8 @@ class Verdict:
 
     what: str
     """``go``, ``gone`` (nobody waits for it any more), ``cancelled``, ``stopped`` (it ran before),
-    ``known``, or ``wait``: it is known, but a delete is on its way that may concern what came of
-    it."""
+    ``known``, or ``wait``: for an add that was submitted before, or because it is known and a
+    delete is on its way that may concern what came of it."""
     outcome: bytes = b""
     """What came of it before, of one that is known."""
     deaths: int = 0
@@ -135,7 +137,9 @@ class SlowLedger:
         self._postpone = redis.register_script(scripts.POSTPONE)
         self._release = redis.register_script(scripts.RELEASE)
         self._renew = redis.register_script(scripts.RENEW)
-        self._script_keys = [keys.delayed, keys.held, keys.slow, keys.slow_tokens]
+        self._refused = redis.register_script(scripts.REFUSED)
+        ours = [keys.delayed, keys.held, keys.slow, keys.slow_tokens]
+        self._script_keys = [*ours, keys.coming("")]
         prefixes = (keys.waiting(""), keys.pending(""), keys.turn(""), keys.epochs_of(""))
         self._common = [*ledger.script_arguments, *prefixes, keys.done("")[:-1]]
 
@@ -176,6 +180,11 @@ class SlowLedger:
             job.again or "" if isinstance(job, AddJob) else "",
             b"" if brief else (header + job.model_dump_json()).encode(),
         ]
+
+    async def refused(self, job: AddJob) -> None:
+        """Says that an add does not come to the slow lane: nobody waits for it any more."""
+        tag = self._keys.user_tag(job.scope.tenant, job.scope.user_id)
+        await self._refused(keys=self._script_keys, args=[*self._common, tag, job.id])
 
     async def take(self, most: int) -> tuple[float | None, list[Turn]]:
         """Takes up to `most` users who are due.

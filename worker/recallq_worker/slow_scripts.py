@@ -9,15 +9,17 @@ from recallq_worker.ledger import REQUEUE
 
 # ARGV 1-4: push here (1/0), prefixes of queued sets, queues and batches; 5-9: prefixes of waiting,
 # pending, turns, epochs (where deletions leave their fences) and done. KEYS: delayed, held, slow,
-# tokens. `pushed` is what could not be pushed here.
+# tokens, prefix of what is coming. `pushed` is what could not be pushed here.
 _PRELUDE = (
     REQUEUE
     + """
 local here, queued, queues, batches = unpack(ARGV, 1, 4)
 local waiting, pending, turns, epochs, done = unpack(ARGV, 5, 9)
+local coming = KEYS[5]
 local delayed, held, slow = KEYS[1], KEYS[2], KEYS[3]
 local pushed = {}
 local WAIT_FOR_DELETE = 10000
+local WAIT_FOR_ADD = 15000
 local FENCED = '{"result":{"record_ids":[],"added":0}}'
 
 -- kind, epoch, batch, index, session
@@ -112,6 +114,7 @@ local answered = false
 for at = 13, #ARGV, 10 do
   local index, job, tag, kind, score, epoch, session, wait, again, item = unpack(ARGV, at, at + 9)
   local outcome
+  redis.call('ZREM', coming .. tag, job)
   if redis.call('HEXISTS', batch, 'u' .. index) == 1 then
     answered = true
   elseif redis.call('HEXISTS', pending .. tag, job) == 0 then
@@ -216,9 +219,14 @@ if ARGV[13] == '0' then
   if kind == 'd' then return 1 end
 end
 pause(tag)
+-- What was submitted before, and will be here as soon as a worker has taken it from its queue.
+local lost = (now - WAIT_FOR_ADD) * 1000
+redis.call('ZREMRANGEBYSCORE', coming .. tag, '-inf', lost)
+local first = redis.call('ZRANGE', coming .. tag, 0, 0, 'WITHSCORES')[2]
 for at = 14, #ARGV, 3 do
   local job, session, again = unpack(ARGV, at, at + 2)
   local item = redis.call('HGET', pending .. tag, job)
+  local order = first and redis.call('ZSCORE', waiting .. tag, job)
   local kind, epoch, id, index = header(item or '')
   local jobs = redis.call('HGET', batches .. (id or ''), 'n')
   local before, unsettled
@@ -236,6 +244,8 @@ for at = 14, #ARGV, 3 do
     said[#said + 1] = {'wait', ''}
   elseif before and not unsettled then
     said[#said + 1] = {'known', before}
+  elseif kind == 'a' and order and tonumber(order) > tonumber(first) then
+    said[#said + 1] = {'wait', ''}
   else
     local deaths = 0
     if ARGV[12] == '1' then
@@ -371,5 +381,13 @@ for at = 11, #ARGV, 2 do
   end
 end
 return told
+"""
+)
+
+# ARGV 10: tag; job ids. They do not come to the slow lane after all.
+REFUSED = (
+    _PRELUDE
+    + """
+redis.call('ZREM', coming .. ARGV[10], unpack(ARGV, 11))
 """
 )

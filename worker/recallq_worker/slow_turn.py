@@ -46,8 +46,8 @@ _DEATHS = 3
 """Workers that a job may take with it, alone, before it is given up."""
 _RESUME_AGAIN = 5.0
 """Seconds between two tries to find out what an interrupted extraction left behind."""
-_DELETE_COMES = 0.3
-"""Seconds between two looks whether a delete that is on its way has come."""
+_COMES = 0.05
+"""Seconds between two looks whether a job has come that is on its way."""
 
 _Answered: TypeAlias = tuple[PendingJob, bytes, bytes | None]
 """A job, its outcome, and what comes of it when it is submitted again."""
@@ -166,17 +166,19 @@ class ActiveTurn:
         while True:
             asked = [job for job in jobs if not any(job is done for done, *_ in outcomes)]
             begin = partial(self._ledger.begin, self.turn, asked, alone=alone, busy=busy)
-            go, waiting, answers = [], [], []
+            go: list[PendingJob] = []
+            waiting: list[PendingJob] = []
+            answers: list[_Answered] = []
             for job, verdict in zip(asked, await insistently(begin), strict=True):
                 answer = self._answer_to(job, verdict)
                 if answer is not None:
                     answers.append((job, answer, None))
-                elif verdict.what == "wait":
-                    waiting.append(job)
+                elif verdict.what == "wait" or (verdict.what == "go" and waiting):
+                    waiting.append(job)  # in order: what comes later waits with it
                 elif verdict.what == "go":
                     go.append(job)
             if waiting:
-                self.postponed, self.delay, go = waiting, _DELETE_COMES, []
+                self.postponed, self.delay = waiting, _COMES
             if not answers:
                 return go
             await self._answer(answers)
