@@ -218,6 +218,11 @@ class Transport:
         async with asking(self._settings.coordination_url, "cannot count the jobs"):
             return await self.ledger.outstanding()
 
+    async def waiting_users(self) -> int:
+        """Users for whom something waits or is worked on in the slow lane."""
+        async with asking(self._settings.coordination_url, "cannot count the users"):
+            return int(await self._coordination.zcard(self.keys.slow))
+
     def asking(
         self, doing: str, timeout: float = COMMAND_TIMEOUT
     ) -> AbstractAsyncContextManager[None]:

@@ -235,6 +235,21 @@ async def test_workers_that_are_killed_in_the_middle(
         assert await texts(client, f"user-{user}") == wanted
 
 
+async def test_a_worker_that_is_stopped_does_not_wait_for_the_llm(
+    client: MemoryClient, start_mem0: StartMem0, server: OpenAIServer
+) -> None:
+    worker = await asyncio.to_thread(start_mem0, slow_patience=0.5)
+    server.hang(CHAT, 60, times=1)
+    handle = await client.submit_add("ann", "tea")
+    await state(handle, JobState.RUNNING)
+    began = time.monotonic()
+    await asyncio.to_thread(worker.stop)
+    assert time.monotonic() - began < 8
+    await asyncio.to_thread(start_mem0)
+    assert (await handle.result(15)).added == 1
+    assert await texts(client, "ann") == ["tea"]
+
+
 async def test_the_platform(
     platform: Mem0Server, client: MemoryClient, start_worker: Callable[..., Worker]
 ) -> None:

@@ -17,6 +17,7 @@ import asyncio
 import json
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
@@ -35,7 +36,7 @@ ALL = "*"
 _SECONDS = 10.0
 
 
-class LoopbackServer(Faults):
+class LoopbackServer(Faults, ABC):
     """``with LoopbackServer() as server: server.url``. Subclasses bring the routes."""
 
     def __init__(self, *, port: int = 0) -> None:
@@ -50,8 +51,8 @@ class LoopbackServer(Faults):
 
     # --- what subclasses say --------------------------------------------------------------------
 
-    def routes(self) -> list[web.RouteDef]:
-        raise NotImplementedError
+    @abstractmethod
+    def routes(self) -> list[web.RouteDef]: ...
 
     def authorize(self, request: Received) -> None:
         """Raises `HttpFailure` for a request that shows no valid key."""

@@ -31,6 +31,10 @@ def add(
     ],
     session: SessionOption = None,
     role: Annotated[str, typer.Option(help="Who said it.")] = "user",
+    infer: Annotated[
+        Optional[bool],
+        typer.Option(help="Have an LLM extract memories, or not, where the backend can."),
+    ] = None,
     tenant: TenantOption = None,
     timeout: TimeoutOption = None,
     url: UrlOption = None,
@@ -42,7 +46,7 @@ def add(
 
     async def work() -> None:
         async with connect(url, tenant=tenant) as client:
-            added = await client.add_memory(user, messages, session, timeout=timeout)
+            added = await client.add_memory(user, messages, session, timeout=timeout, infer=infer)
         if as_json:
             print_json(added.model_dump())
         else:

@@ -32,6 +32,7 @@ def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
             outstanding = await client.transport.outstanding()
             workers = await client.workers()
             dead = await client.dead_letters.count()
+            waiting = await client.transport.waiting_users()
         if as_json:
             report = {
                 "lanes": {
@@ -43,6 +44,7 @@ def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
                 },
                 "workers": [each.model_dump(mode="json") for each in workers],
                 "dead_letters": dead,
+                "users_in_slow_lane": waiting,
             }
             sys.stdout.write(orjson.dumps(report).decode() + "\n")
             return
@@ -51,6 +53,8 @@ def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
             count = sum(lane in each.lanes for each in workers)
             print(f"{lane.value:<8}{outstanding[lane]:>16,}{count:>10}")
         print(f"\ndead letters: {dead:,}")
+        if waiting:
+            print(f"users whose memories are extracted, or wait for it: {waiting:,}")
         if not workers:
             print("no worker is running; start one with 'recallq worker'")
         for each in workers:
