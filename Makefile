@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # What the tests take besides their own options, as in: make test ARGS='tests/unit -k batching'
 ARGS ?=
-# Test files at once: most tests wait for workers and clocks rather than for the processor.
-AT_ONCE ?= -n 3 --dist loadfile
+# Test classes at once: most tests wait for workers and clocks rather than for the processor.
+AT_ONCE ?= -n 3 --dist loadscope
 
 .PHONY: demo test chaos check format lock clean help
 

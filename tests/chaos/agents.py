@@ -26,8 +26,6 @@ from recallq import (
 from recallq.contract import AddResult, Lane, Operation, StoredMessage
 from tests.chaos.history import SUCCEEDED, Call, Journal
 
-CALL_TIMEOUT = 20.0
-"""Of calls that wait for their answer."""
 _RESULT_TIMEOUT = 10.0
 _PAGE = 2000
 _WORDS = ("tea", "peanuts", "harbour", "violin", "snow", "ladder", "orchid", "train")
@@ -42,6 +40,8 @@ class World:
 
     users: int
     sessions: int
+    call_timeout: float
+    """Of calls that wait for their answer, in seconds."""
     poisons: list[str] = field(default_factory=list)
     """Poison to come."""
     poison_every: int = 1
@@ -117,10 +117,16 @@ class Agents:
         key, dice = call.key, 1.0 if call.poison else chance.random()
         if dice < 0.3:
             added: AddResult | None = await self._await(
-                call, memory.add_memory(
-                    user, messages, session, lane=lane, idempotency_key=key, timeout=CALL_TIMEOUT
-                )
-            )  # fmt: skip
+                call,
+                memory.add_memory(
+                    user,
+                    messages,
+                    session,
+                    lane=lane,
+                    idempotency_key=key,
+                    timeout=self._world.call_timeout,
+                ),
+            )
             if added is not None and added.record_ids and key is None:
                 self._journal.learn(call, job_id=added.record_ids[0].rpartition("-")[0])
         elif dice < 0.32:
@@ -171,7 +177,7 @@ class Agents:
                 self._chance.choice(_WORDS),
                 {"top_k": 20, "session_id": session},
                 lane=lane,
-                timeout=CALL_TIMEOUT,
+                timeout=self._world.call_timeout,
             ),
         )
         if hits is not None:
@@ -185,14 +191,19 @@ class Agents:
         records: Sequence[StoredMessage] | None = None
         if submit:
             handle = await self._submit(
-                call, self._memory.submit_list(user, filters, lane=lane, timeout=CALL_TIMEOUT)
+                call,
+                self._memory.submit_list(
+                    user, filters, lane=lane, timeout=self._world.call_timeout
+                ),
             )
             if handle is not None:
                 records = await self._result(call, handle)
         else:
             records = await self._await(
                 call,
-                self._memory.list_records(user, filters, lane=lane, timeout=CALL_TIMEOUT),
+                self._memory.list_records(
+                    user, filters, lane=lane, timeout=self._world.call_timeout
+                ),
             )
         if records is not None:
             # What it saw, it saw before the caller heard of it.
@@ -206,7 +217,9 @@ class Agents:
         if self._chance.random() < 0.7:
             await self._await(
                 call,
-                self._memory.delete_memory(user, session, lane=lane, timeout=CALL_TIMEOUT),
+                self._memory.delete_memory(
+                    user, session, lane=lane, timeout=self._world.call_timeout
+                ),
             )
         else:
             handle = await self._submit(call, self._memory.submit_delete(user, session, lane=lane))

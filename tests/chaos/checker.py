@@ -29,7 +29,7 @@ CLOCK_TOLERANCE = 0.010
 AFTERLIFE = 20.0
 """How long after its call ended without an answer a job may still be enqueued."""
 PATIENCE = 40.0
-"""Longest time that a call may take: the callers' own timeouts are half of that."""
+"""Longest time that a call may take: twice the callers' own timeouts."""
 UNKNOWN = "unknown"
 
 _NO_FAILURES = (None, SUCCEEDED, "JobCancelled", "JobExpired", "ResultWithdrawn")
@@ -108,7 +108,10 @@ class _Message:
 class Checker:
     """Checks the calls of one run. `origin` is the moment from which times are told."""
 
-    def __init__(self, calls: Sequence[Call], *, origin: float = 0.0) -> None:
+    def __init__(
+        self, calls: Sequence[Call], *, origin: float = 0.0, patience: float = PATIENCE
+    ) -> None:
+        self._patience = patience
         self._calls = calls
         self._origin = origin
         self._found: dict[tuple[Kind, str], Violation] = {}
@@ -159,7 +162,7 @@ class Checker:
     def _check_call(self, call: Call) -> None:
         if call.ended is None:
             self._report(Kind.HUNG, call, "it never ended")
-        elif call.ended - call.began > PATIENCE and call.outcome != "Killed":
+        elif call.ended - call.began > self._patience and call.outcome != "Killed":
             self._report(Kind.HUNG, call, f"it took {call.ended - call.began:.1f} s")
         if call.outcome is not None and call.outcome.startswith("unexpected"):
             self._report(Kind.UNEXPECTED, call, f"it ended with {call.outcome}")

@@ -37,7 +37,7 @@ _WORKER_SETTINGS = {
     "slow_timeout": "4",
     "slow_patience": "2",
 }
-_LAST_CALLS = 60.0
+_LAST_CALLS = 75.0
 """Longest time that calls may take to end once no more are made."""
 _ASKING_AT_ONCE = 64
 
@@ -69,6 +69,12 @@ class Options:
     """Seconds in which everything must have settled once the faults are over."""
     keep: bool = False
     """Leave the run's directory behind in any case."""
+
+    @property
+    def call_timeout(self) -> float:
+        """Of calls that wait for their answer, in seconds. What an extractor does for a user waits
+        for what comes before, however often that has to be tried again."""
+        return 20.0 if self.backend == "flaky_redis" else 60.0
 
 
 @dataclass(slots=True)
@@ -173,6 +179,7 @@ class _Run:
                 f"--sessions={options.sessions}",
                 f"--agents={options.agents}",
                 f"--rate={share}",
+                f"--call-timeout={options.call_timeout}",
             ],
             weather=weather,
         )
@@ -236,7 +243,7 @@ class _Run:
 
     async def _load(self, stack: contextlib.AsyncExitStack) -> None:
         options = self._options
-        world = World(options.users, options.sessions)
+        world = World(options.users, options.sessions, options.call_timeout)
         world.poisons = list(options.poisons)
         # The last of them well before the end: poison takes its time to die.
         world.poison_every = options.jobs // (4 * max(1, len(world.poisons)))
@@ -300,7 +307,8 @@ class _Run:
 
             await asyncio.gather(*(ask(call) for call in calls if call.job_id is not None))
             with Journal(self._directory / "journals", "last") as journal:
-                world = World(self._options.users, self._options.sessions)
+                options = self._options
+                world = World(options.users, options.sessions, options.call_timeout)
                 agents = Agents(memory, journal, world, random.Random(0))
                 for user in range(self._options.users):
                     calls.append(await agents.read(f"u{user}", None, Lane.LIVE))
@@ -310,7 +318,9 @@ class _Run:
 
     def _judge(self, calls: list[Call], began: float) -> None:
         report = self._report
-        report.violations = Checker(calls, origin=began).check()
+        report.violations = Checker(
+            calls, origin=began, patience=2 * self._options.call_timeout
+        ).check()
         report.jobs = len(calls)
         for call in calls:
             told = call.state or call.outcome or "never ended"

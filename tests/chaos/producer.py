@@ -32,7 +32,7 @@ async def produce(options: argparse.Namespace) -> None:
         memory = await _connect()
         try:
             chance = random.Random(f"{options.seed}-{options.name}")
-            world = World(options.users, options.sessions)
+            world = World(options.users, options.sessions, options.call_timeout)
             agents = Agents(memory, journal, world, chance)
             await asyncio.gather(*(agents.work(pace) for _ in range(options.agents)))
         finally:
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, required=True)
     parser.add_argument("--agents", type=int, required=True)
     parser.add_argument("--rate", type=float, required=True)
+    parser.add_argument("--call-timeout", type=float, required=True)
     asyncio.run(produce(parser.parse_args()))
 
 

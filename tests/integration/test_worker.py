@@ -51,7 +51,7 @@ class TestRefusals:
     def test_an_unknown_backend(self, redis_url: str) -> None:
         told = refused(RECALLQ_REDIS_URL=redis_url, RECALLQ_BACKEND="magic")
         assert "'magic'" in told
-        assert "in_memory, redis" in told
+        assert "in_memory, mem0, redis" in told
 
     def test_no_redis(self) -> None:
         told = refused(RECALLQ_REDIS_URL="redis://:geheim@127.0.0.1:1/0")
