@@ -42,10 +42,10 @@ def envelope() -> CeleryEnvelope:
 
 @pytest.fixture
 def published(redis_url: str, redis: Redis, queue: str) -> dict[str, Any]:
-    """A message that Celery itself put on a queue."""
+    """A message that Celery itself put on a queue, by an app that no other hears of."""
     app = Celery(broker=redis_url, set_as_current=False)
 
-    @app.task(name=Operation.ADD.task_name)  # type: ignore[untyped-decorator]
+    @app.task(name=Operation.ADD.task_name, shared=False)  # type: ignore[untyped-decorator]
     def task(payload: str) -> None:
         """Only sent."""
 
