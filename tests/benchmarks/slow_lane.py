@@ -45,7 +45,8 @@ async def through_recallq(
     server: OpenAIServer, redis: EmbeddedRedis, adds: int, users: int
 ) -> Figures:
     worker = Worker(redis.url, namespace="ours", backend="mem0", **models(server))
-    with await asyncio.to_thread(worker.__enter__):
+    await asyncio.to_thread(worker.start)
+    try:
         async with MemoryClient(redis.url, namespace="ours") as client:
             server.reset_counts()
             began = time.monotonic()
@@ -56,6 +57,8 @@ async def through_recallq(
             results = await asyncio.gather(*(each.result(600) for each in handles))
             seconds = time.monotonic() - began
             print(f"accepted after {accepted:.2f} s")
+    finally:
+        await asyncio.to_thread(worker.close)
     stored = sum(each.added for each in results)
     return Figures("RecallQ", seconds, server.chats, server.embedding_calls, stored)
 
