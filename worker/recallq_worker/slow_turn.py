@@ -177,14 +177,14 @@ class ActiveTurn:
                     waiting.append(job)  # in order: what comes later waits with it
                 elif verdict.what == "go":
                     go.append(job)
-            if waiting:
-                self.postponed, self.delay = waiting, _COMES
-            if not answers:
+            if answers:
+                await self._answer(answers)
+                outcomes += answers
+            if not answers or not go:
+                if waiting:
+                    self.postponed += waiting
+                    self.delay = max(self.delay, _COMES)
                 return go
-            await self._answer(answers)
-            outcomes += answers
-            if not go:
-                return []
             # Answering ended what was begun.
 
     def _answer_to(self, job: PendingJob, verdict: Verdict) -> bytes | None:
@@ -283,8 +283,9 @@ class ActiveTurn:
         if len(jobs) > 1 and hopeless:
             # It may be due to one of them: each is given a chance of its own.
             log.warning("extracting together failed (%s); one by one", type(error).__name__)
+            before = len(self.postponed)  # who waits for what is on its way comes later anyway
             for job in jobs:
-                if self.postponed:
+                if len(self.postponed) > before:
                     return  # in order
                 if job in hopeless:
                     await self._extract([job])
