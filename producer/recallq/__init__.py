@@ -12,6 +12,7 @@ from recallq.contract import (
     JobState,
     Lane,
     StoredMessage,
+    Wait,
 )
 from recallq.dead_letters import DeadLetter
 from recallq.errors import (
@@ -91,6 +92,7 @@ __all__ = [
     "TextPart",
     "UndecodableJob",
     "UnknownJob",
+    "Wait",
     "WorkerLost",
     "WrongBackend",
 ]

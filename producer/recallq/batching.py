@@ -33,6 +33,8 @@ class Draft:
     """Done once its batch is in the ledger and on the queue."""
     outcome: asyncio.Future[Outcome] | None
     """How it settled; cancelled when nobody waits any longer, None if nobody ever will."""
+    early: bool = False
+    """Whether its caller waits only until it is stored."""
 
 
 Send = Callable[[Lane, Operation, list[Draft]], Awaitable[None]]
@@ -62,13 +64,23 @@ class Batcher:
         self._sending: dict[asyncio.Task[None], list[Draft]] = {}
         self._closed = False
 
-    def put(self, lane: Lane, operation: Operation, job: AnyJob, size: int, *, wait: bool) -> Draft:
-        """Queues `job`; with `wait`, the caller will wait for its outcome too."""
+    def put(
+        self,
+        lane: Lane,
+        operation: Operation,
+        job: AnyJob,
+        size: int,
+        *,
+        wait: bool,
+        early: bool = False,
+    ) -> Draft:
+        """Queues `job`; with `wait`, the caller will wait for its outcome too, with `early` only
+        until it is stored."""
         if self._closed:
             raise ClientClosed("the client was stopped")
         loop = asyncio.get_running_loop()
         outcome = loop.create_future() if wait else None
-        draft = Draft(job, size, loop.time(), loop.create_future(), outcome)
+        draft = Draft(job, size, loop.time(), loop.create_future(), outcome, early)
         stream = self._streams.get((lane, operation))
         if stream is None:
             stream = self._streams[lane, operation] = _Stream(lane, operation)

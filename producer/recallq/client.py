@@ -25,6 +25,7 @@ from recallq.contract import (
     Operation,
     Outcome,
     StoredMessage,
+    Wait,
     encode_batch,
     make_batch,
 )
@@ -160,8 +161,10 @@ class MemoryClient:
         idempotency_key: str | None = None,
         order: int | None = None,
         infer: bool | None = None,
+        wait: Wait | None = None,
     ) -> AddResult:
-        """Stores messages; returns when they are stored.
+        """Stores messages; returns when searches find them, or with `wait` ``"stored"`` as soon as
+        they are kept and listed (None: as the settings say). Most backends do both in one step.
 
         `session_id` None is the session ``"default"``. A call with an `idempotency_key` that was
         used before in the same session stores nothing again; with the `order` that `next_order`
@@ -171,6 +174,7 @@ class MemoryClient:
         `QueueFull`, `ServiceUnavailable`, a `JobError`.
         """
         requests, timeout = self._ready(), self._timeout(timeout)
+        early = requests.is_early(wait)
         if isinstance(messages, Sequence) and not messages:
             requests.check_scope(user_id, session_id)
             return AddResult(record_ids=[], added=0)
@@ -184,7 +188,7 @@ class MemoryClient:
             order=order,
             infer=infer,
         )
-        added: AddResult = await self._call(request, timeout)
+        added: AddResult = await self._call(request, timeout, early=early)
         return added
 
     async def search_memory(
@@ -354,7 +358,7 @@ class MemoryClient:
 
     def value_of(self, outcome: Outcome, job_id: str) -> Any:
         """A settled job's value as callers see it; raises the error of one that failed."""
-        if outcome.state is not JobState.SUCCEEDED:
+        if outcome.state not in (JobState.SUCCEEDED, JobState.STORED):
             raise from_wire(outcome.error or {}, job_id=job_id)
         result = outcome.result or {}
         match outcome.operation:
@@ -383,12 +387,16 @@ class MemoryClient:
 
     # --- one call's way -------------------------------------------------------------------------
 
-    async def _call(self, request: Request, timeout: float) -> Any:
+    def waits_early(self, wait: Wait | None) -> bool:
+        """For handles: whether it is enough that a job is stored."""
+        return self._ready().is_early(wait)
+
+    async def _call(self, request: Request, timeout: float, *, early: bool = False) -> Any:
         """Sends a job and waits for its value."""
         draft: Draft | None = None
         try:
             async with asyncio.timeout(timeout), self._in_flight:
-                draft = self._put(request, wait=True)
+                draft = self._put(request, wait=True, early=early)
                 await draft.accepted
                 assert draft.outcome is not None  # wait=True
                 outcome = await draft.outcome
@@ -409,10 +417,12 @@ class MemoryClient:
             await self._put(request, wait=False).accepted
         return JobHandle(self, request.job.id)
 
-    def _put(self, request: Request, *, wait: bool) -> Draft:
+    def _put(self, request: Request, *, wait: bool, early: bool = False) -> Draft:
         self._ready()  # it may have been stopped while the call waited for its turn
         size = request.size + _JOB_OVERHEAD_BYTES
-        return self._batcher.put(request.lane, request.operation, request.job, size, wait=wait)
+        return self._batcher.put(
+            request.lane, request.operation, request.job, size, wait=wait, early=early
+        )
 
     async def _send(self, lane: Lane, operation: Operation, drafts: list[Draft]) -> None:
         """Publishes one batch; what `Batcher` calls."""
@@ -427,7 +437,7 @@ class MemoryClient:
         payload = encode_batch(batch)
         for index, draft in enumerate(drafts):
             if draft.outcome is not None and not draft.outcome.done():
-                transport.expect(batch.id, index, draft.outcome)
+                transport.expect(batch.id, index, draft.outcome, early=draft.early)
         await transport.publish(batch, payload)
 
     async def _why_no_answer(self, lane: Lane, job_id: str) -> str:

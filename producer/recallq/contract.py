@@ -306,9 +306,16 @@ def client_of(batch_id: str) -> str:
 # --- results ------------------------------------------------------------------------------------
 
 
+Wait: TypeAlias = Literal["stored", "searchable"]
+"""What an add is waited for: that its messages are kept, or that searches find them as well. Only
+backends that take a second step for that, such as embedding them, tell the two apart."""
+
+
 class JobState(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
+    STORED = "stored"
+    """An add whose messages are kept and listed; searches do not find them all yet."""
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     """A read that failed: there is nothing to keep of it."""
@@ -319,7 +326,7 @@ class JobState(StrEnum):
 
     @property
     def settled(self) -> bool:
-        return self not in (JobState.QUEUED, JobState.RUNNING)
+        return self not in (JobState.QUEUED, JobState.RUNNING, JobState.STORED)
 
 
 class StoredMessage(BaseModel):
@@ -415,7 +422,8 @@ _STATE_OF_ERROR: dict[type[JobError], JobState] = {
 
 
 class BatchResult(BaseModel):
-    """What the result backend holds for a batch: an outcome per job, None while one is pending."""
+    """What the result backend holds for a batch: an outcome per job, None while one is pending; one
+    that is stored is yet to have its last."""
 
     v: int = PROTOCOL_VERSION
     operation: Operation | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from recallq.contract import JobRef, JobState, Outcome, cancelled, failed
+from recallq.contract import JobRef, JobState, Outcome, Wait, cancelled, failed
 from recallq.errors import JobExpired, JobTimeout, UnknownJob
 
 if TYPE_CHECKING:
@@ -48,16 +48,18 @@ class JobHandle:
             return JobState.EXPIRED
         return found.state
 
-    async def result(self, timeout: float | None = None) -> Any:
+    async def result(self, timeout: float | None = None, *, wait: Wait | None = None) -> Any:
         """What the job returned, once it has settled.
 
         An `AddResult`, a list of `Hit`, a list of `StoredMessage` or a `DeleteResult`, after the
-        operation. Raises the job's error if it failed, `JobTimeout` after `timeout` seconds (the
-        job goes on), and `UnknownJob`.
+        operation. An add is waited for until its messages are ``"searchable"``, or ``"stored"``
+        (`wait`; None: as the client's settings say). Raises the job's error if it failed,
+        `JobTimeout` after `timeout` seconds (the job goes on), and `UnknownJob`.
         """
+        early = self._client.waits_early(wait)
         try:
             async with asyncio.timeout(timeout):
-                outcome = await self._settled()
+                outcome = await self._settled(early=early)
         except TimeoutError:
             raise JobTimeout(
                 f"job {self.id} has not settled within {timeout} s; it goes on",
@@ -69,7 +71,8 @@ class JobHandle:
         """Cancels the job if it is queued; says whether it did.
 
         One that runs is asked to stop, and False returned: it may end as cancelled within a few
-        seconds, with a part of its work done, or come to its end. Raises `UnknownJob`.
+        seconds, with a part of its work done, or come to its end. What is stored stays. Raises
+        `UnknownJob`.
         """
         state = await self.status()
         if state.settled:
@@ -79,17 +82,17 @@ class JobHandle:
             return state_then is JobState.QUEUED
         return await self.status() is JobState.CANCELLED
 
-    async def _settled(self) -> Outcome:
+    async def _settled(self, *, early: bool) -> Outcome:
         interval = _FIRST_POLL
         while True:
             transport = self._client.transport  # raises once the client is stopped
             # Listening first and looking second: a result that comes in between is not missed.
-            news = transport.listen(self._ref)
+            news = transport.listen(self._ref, early=early)
             try:
                 found = await transport.fetch(self._ref)
                 if found is None:
                     raise self._unknown()
-                if isinstance(found, Outcome):
+                if isinstance(found, Outcome) and (found.state.settled or early):
                     return found
                 if found.state is JobState.CANCELLED:
                     return cancelled()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import orjson
 
@@ -24,6 +24,7 @@ from recallq.contract import (
     Operation,
     Scope,
     SearchJob,
+    Wait,
 )
 from recallq.errors import ConfigurationError, InvalidInput
 from recallq.jsonable import is_unicode
@@ -205,6 +206,13 @@ class Requests:
             id="", scope=scope, submitted_at=submitted_at, deadline=deadline
         )
         return Request(Lane.LIVE, Operation.HEALTH, job)
+
+    def is_early(self, wait: Wait | None) -> bool:
+        """Whether a caller waits only until messages are stored. None leaves it to the settings."""
+        known = get_args(Wait)
+        if wait is not None and wait not in known:
+            raise InvalidInput(f"wait must be one of {', '.join(known)}, not {_short(wait)}")
+        return (wait or self._settings.wait) == "stored"
 
     @staticmethod
     def _lane(lane: Lane | str | None) -> Lane:

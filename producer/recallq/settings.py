@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from recallq.contract import DEFAULT_NAMESPACE, DEFAULT_TENANT
+from recallq.contract import DEFAULT_NAMESPACE, DEFAULT_TENANT, Wait
 from recallq.errors import ConfigurationError
 from recallq.redis_client import check_url
 
@@ -41,6 +41,9 @@ class ClientSettings(BaseSettings):
 
     timeout: float = Field(30.0, gt=0)
     """How long an awaited call waits for its answer."""
+    wait: Wait = "searchable"
+    """What an awaited add waits for, where the backend tells the two apart: that its messages are
+    stored, or that searches find them as well."""
     connect_timeout: float = Field(5.0, gt=0)
     default_top_k: int = Field(10, ge=1)
     default_page_size: int = Field(10, ge=1)

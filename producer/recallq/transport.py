@@ -57,10 +57,21 @@ _LOOK_UP_CHUNK = 200
 
 
 @dataclass(slots=True)
+class _Waiter:
+    """Somebody who waits for a job."""
+
+    index: int
+    """Of the job, in its batch."""
+    outcome: asyncio.Future[Outcome]
+    early: bool
+    """Whether it is enough that the job is stored."""
+
+
+@dataclass(slots=True)
 class _Expected:
     """A batch of this client some of whose jobs are waited for."""
 
-    waiters: list[tuple[int, asyncio.Future[Outcome]]] = field(default_factory=list)
+    waiters: list[_Waiter] = field(default_factory=list)
     next_look_up: float = 0.0
     interval: float = _FIRST_LOOK_UP
 
@@ -118,9 +129,9 @@ class Transport:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         for expected in self._expected.values():
-            for _, waiter in expected.waiters:
-                if not waiter.done():
-                    waiter.set_exception(ClientClosed("the client was stopped"))
+            for waiter in expected.waiters:
+                if not waiter.outcome.done():
+                    waiter.outcome.set_exception(ClientClosed("the client was stopped"))
         await self._disconnect()
 
     async def _disconnect(self) -> None:
@@ -153,8 +164,16 @@ class Transport:
 
     # --- back -----------------------------------------------------------------------------------
 
-    def expect(self, batch_id: str, index: int, outcome: asyncio.Future[Outcome]) -> None:
-        """Resolves `outcome` when job `index` of a batch of this client settles.
+    def expect(
+        self,
+        batch_id: str,
+        index: int,
+        outcome: asyncio.Future[Outcome],
+        *,
+        early: bool = False,
+    ) -> None:
+        """Resolves `outcome` when job `index` of a batch of this client settles, or with `early`
+        when it is stored.
 
         To be called before the batch is published, or before its result is looked up. The future
         is dropped as soon as it is done, by a result or by cancellation.
@@ -164,7 +183,7 @@ class Transport:
             expected = self._expected[batch_id] = _Expected(
                 next_look_up=time.monotonic() + _FIRST_LOOK_UP
             )
-        expected.waiters.append((index, outcome))
+        expected.waiters.append(_Waiter(index, outcome, early))
         outcome.add_done_callback(lambda _: self._forget_done(batch_id))
 
     @property
@@ -175,14 +194,14 @@ class Transport:
     def _forget_done(self, batch_id: str) -> None:
         expected = self._expected.get(batch_id)
         if expected is not None:
-            expected.waiters = [each for each in expected.waiters if not each[1].done()]
+            expected.waiters = [each for each in expected.waiters if not each.outcome.done()]
             if not expected.waiters:
                 del self._expected[batch_id]
 
-    def listen(self, ref: JobRef) -> asyncio.Future[Outcome]:
+    def listen(self, ref: JobRef, *, early: bool = False) -> asyncio.Future[Outcome]:
         """A future for a job's outcome. Another client's comes only by looking it up."""
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.expect(ref.batch_id, ref.index, outcome)
+        self.expect(ref.batch_id, ref.index, outcome, early=early)
         return outcome
 
     async def cancel(self, ref: JobRef) -> JobState | None:
@@ -204,6 +223,9 @@ class Transport:
             return ""
         if trouble is not None:
             return f": it is to be tried again, after {trouble}"
+        stored = await self._stored_outcome(ref)
+        if stored is not None and stored.state is JobState.STORED:
+            return ": it is stored, and will be searchable later"
         if entry.state is JobState.RUNNING:
             return ": a worker is running it"
         return f": it is {entry.state.value}"
@@ -230,7 +252,8 @@ class Transport:
         return asking(self._settings.coordination_url, doing, timeout)
 
     async def fetch(self, ref: JobRef) -> Outcome | LedgerEntry | None:
-        """What is known of a job: its outcome, its place in the ledger, or nothing."""
+        """What is known of a job: its outcome, perhaps not its last, its place in the ledger, or
+        nothing."""
         outcome = await self._stored_outcome(ref)
         if outcome is not None:
             return outcome
@@ -305,10 +328,12 @@ class Transport:
         except ValueError:
             log.exception("unreadable result")
             result = _defect("the worker's result could not be read")
-        for index, waiter in expected.waiters:
-            outcome = _outcome_of(result, index)
-            if outcome is not None and not waiter.done():
-                waiter.set_result(outcome)
+        for waiter in expected.waiters:
+            outcome = _outcome_of(result, waiter.index)
+            if outcome is None or waiter.outcome.done():
+                continue
+            if outcome.state.settled or waiter.early:
+                waiter.outcome.set_result(outcome)
 
     async def _look_up_late_results(self) -> None:
         """Finds results whose announcement was missed. Late ones are asked for ever more rarely."""

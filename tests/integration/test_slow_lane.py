@@ -620,7 +620,7 @@ class TestLostReplies:
     async def turn(self, client: MemoryClient, redis: RedisClient, ledger: SlowLedger) -> Turn:
         """A user with one add, taken up."""
         await self.park(client, redis, "tea")
-        _, turns = await ledger.take(5)
+        _, turns = await ledger.take(5, 200)
         assert len(turns) == 1
         return turns[0]
 
@@ -640,7 +640,7 @@ class TestLostReplies:
         job = batch.jobs[0]
         assert isinstance(job, AddJob)
         handover = Handover(0, job, claim.epochs[0], 0.0)
-        assert await SlowLedger(redis, keys, worker).park(batch, [handover], again=False)
+        assert await SlowLedger(redis, keys, worker).park(batch, [handover])
 
     async def test_an_answer_is_given_once(
         self, client: MemoryClient, redis: RedisClient, ledger: SlowLedger, turn: Turn
@@ -653,7 +653,7 @@ class TestLostReplies:
         assert await ledger.finish(turn, 1, answered) is None
         await self.park(client, redis, "coffee")
         await redis.zadd(Keys(client.settings.namespace).slow, {turn.tag: 0})
-        _, (other,) = await ledger.take(5)
+        _, (other,) = await ledger.take(5, 200)
         assert other.token != turn.token
         assert await ledger.finish(turn, 1, answered) is None
         assert await ledger.finish(turn, 2, answered) == ""

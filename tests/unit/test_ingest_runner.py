@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from recallq.contract import AddResult, Lane
+from recallq.contract import AddResult, Lane, Wait
 from recallq.errors import (
     BackendError,
     BackendUnavailable,
@@ -61,6 +61,7 @@ class Store:
         lane: Lane,
         idempotency_key: str,
         order: int,
+        wait: Wait,
     ) -> AddResult:
         self.calls.append("+".join(message.text for message in messages))
         self.lanes.add(lane)

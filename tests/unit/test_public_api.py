@@ -35,7 +35,7 @@ def test_the_list_of_exports_is_this() -> None:
         "MemoryClient", "MemoryServiceFactory", "Message", "MissingExtra", "QueueFull",
         "RecallQError", "RefusalPart", "ResultWithdrawn", "ServiceUnavailable", "StoredMessage",
         "TextPart",
-        "UndecodableJob", "UnknownJob", "WorkerLost", "WrongBackend",
+        "UndecodableJob", "UnknownJob", "Wait", "WorkerLost", "WrongBackend",
     }  # fmt: skip
 
 

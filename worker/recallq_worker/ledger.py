@@ -230,6 +230,24 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class NextRun:
+    """Of a batch of which jobs are to be tried again."""
+
+    delay: float
+    """Seconds until the first of them is due."""
+    history: Mapping[str, Any]
+    """``at``, and ``errors`` by index, of the run that has ended."""
+    waiting: Mapping[int, Waiting]
+    """The jobs."""
+
+    def arguments(self) -> list[str | int | bytes]:
+        """For scripts: delay (ms), line of history, open jobs."""
+        jobs = {str(index): (each.due, each.attempts) for index, each in self.waiting.items()}
+        line = orjson.dumps(self.history) + b"\n"
+        return [int(self.delay * 1000), line, orjson.dumps(jobs)]
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """What a worker learns as it begins a batch."""
 
@@ -374,27 +392,11 @@ class WorkerLedger:
         lines = await self._redis.hget(self._keys.batch(batch_id), "h")
         return [orjson.loads(line) for line in (lines or b"").splitlines()]
 
-    async def postpone(
-        self,
-        batch_id: str,
-        delay: float,
-        history: dict[str, Any],
-        waiting: Mapping[int, Waiting],
-    ) -> bool:
-        """Ends a run of which jobs are left to be tried again, the first `delay` seconds from now.
-
-        False if the batch is not ours any more.
-        """
+    async def postpone(self, batch_id: str, next_run: NextRun) -> bool:
+        """Ends a run of which jobs are left to be tried again. False if the batch is not ours any
+        more."""
         keys = [self._keys.batch(batch_id), self._keys.held, self._keys.delayed]
-        line = orjson.dumps(history) + b"\n"
-        jobs = {str(index): (each.due, each.attempts) for index, each in waiting.items()}
-        args: list[str | int | bytes] = [
-            batch_id,
-            self.worker_id,
-            int(delay * 1000),
-            line,
-            orjson.dumps(jobs),
-        ]
+        args = [batch_id, self.worker_id, *next_run.arguments()]
         return bool(await self._postpone(keys=keys, args=args))
 
     async def release(self, batch_id: str, delay: float = 0.0) -> None:

@@ -22,8 +22,8 @@ from recallq.keys import Keys
 from recallq.redis_client import COMMAND_TIMEOUT, LOST
 from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.insistence import insistently
-from recallq_worker.ledger import RENEW_EVERY, Claim, WorkerLedger
-from recallq_worker.service import HandedOver, MemoryService, Postponed
+from recallq_worker.ledger import RENEW_EVERY, Claim, NextRun, WorkerLedger
+from recallq_worker.service import Left, MemoryService, Postponed
 from recallq_worker.slow_lane import SlowLane
 from recallq_worker.slow_ledger import SlowLedger
 
@@ -36,7 +36,7 @@ _FAREWELL = 3.0
 
 
 class Settled(Enum):
-    """How a run ended that left nothing to be tried again."""
+    """How a run ended that left nothing open."""
 
     NOW = "now"
     """Its result is to be stored."""
@@ -68,12 +68,12 @@ class BatchRunner:
         self._held: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
 
-    async def run(self, batch: AnyBatch, result: BatchResult) -> Settled | Postponed | HandedOver:
+    async def run(self, batch: AnyBatch, result: BatchResult) -> Settled | Left:
         """Runs `batch`, entering outcomes into `result` as they come.
 
         After `Settled.NOW` the batch stays held until `done` is called: its result is not stored
-        yet. After anything else that is not `Settled` call `put_off`, once the outcomes there are
-        have been stored.
+        yet. After anything that is not `Settled` call `put_off`, once the outcomes there are have
+        been stored.
         """
         if batch.id in self._held:
             return Settled.ELSEWHERE  # a second delivery of what runs here
@@ -146,21 +146,25 @@ class BatchRunner:
         if running:
             await asyncio.wait(running, timeout=_FAREWELL + 1)
 
-    async def put_off(self, batch: AnyBatch, left: Postponed | HandedOver) -> None:
+    async def put_off(self, batch: AnyBatch, left: Left) -> None:
         """Ends a run of which jobs are left: to be tried again, or to the slow lane."""
         self._held.discard(batch.id)
-        if isinstance(left, HandedOver):
-            await insistently(lambda: self._slow_ledger.park(batch, left.jobs, again=left.again))
+        next_run = None if left.postponed is None else self._next_run(left.postponed)
+        handed_over = left.handed_over
+        if handed_over:
+            await insistently(lambda: self._slow_ledger.park(batch, handed_over, next_run))
             if self._slow_lane is not None:
-                self._slow_lane.look(min(each.pause for each in left.jobs))
-            return
+                self._slow_lane.look(min(each.pause for each in handed_over))
+        elif next_run is not None:
+            await insistently(lambda: self._ledger.postpone(batch.id, next_run))
+
+    def _next_run(self, postponed: Postponed) -> NextRun:
         errors = {
             str(index): "{code}: {message}".format_map(to_wire(error))
-            for index, error in left.errors.items()
+            for index, error in postponed.errors.items()
         }
-        history = {"at": self._clock.now(), "errors": errors}
-        await insistently(
-            lambda: self._ledger.postpone(batch.id, left.delay, history, left.waiting)
+        return NextRun(
+            postponed.delay, {"at": self._clock.now(), "errors": errors}, postponed.waiting
         )
 
     def done(self, batch_id: str) -> None:

@@ -28,8 +28,14 @@ from recallq.keys import Keys
 from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
 from recallq.workers import SIGN_OF_LIFE_EVERY, WorkerInfo, WorkerRegistry
 from recallq_worker.backends import registry
-from recallq_worker.backends.base import MemoryBackend, MemoryExtractor, MemoryStore
+from recallq_worker.backends.base import (
+    MemoryBackend,
+    MemoryExtractor,
+    MemoryStore,
+    takes_second_step,
+)
 from recallq_worker.dead_letters import DeadLetters
+from recallq_worker.indexing import MOST_JOBS, Indexing
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import WorkerLedger
 from recallq_worker.retries import RetryPolicy
@@ -54,7 +60,7 @@ class Services:
     backend: MemoryBackend
     runner: BatchRunner
     slow_lane: SlowLane | None
-    """None where the backend extracts nothing, or another process does."""
+    """None where the backend has nothing for it, or another process works in it."""
     ledger: WorkerLedger
     dead_letters: DeadLetters
     clock: FleetClock
@@ -204,13 +210,25 @@ class Runtime:
         )
         slow_ledger = SlowLedger(coordination, self._keys, ledger)
         slow_lane = None
-        if isinstance(memory, MemoryExtractor) and Lane.SLOW in self._lanes:
+        rules = Rules(settings.slow_tokens, settings.slow_timeout, retries, clock.now)
+        if Lane.SLOW not in self._lanes:
+            pass  # another process works in it
+        elif isinstance(memory, MemoryExtractor):
             slow_lane = SlowLane(
                 memory,
                 slow_ledger,
-                Rules(settings.slow_tokens, settings.slow_timeout, retries, clock.now),
+                rules,
                 users_at_once=settings.slow_users,
                 pause=settings.slow_pause,
+            )
+        elif takes_second_step(memory):
+            slow_lane = SlowLane(
+                Indexing(memory),
+                slow_ledger,
+                rules,
+                users_at_once=settings.index_users,
+                pause=0.0,
+                most_jobs=MOST_JOBS,
             )
         dead_letters = DeadLetters(coordination, self._keys)
         runner = BatchRunner(

@@ -4,6 +4,9 @@ A batch's adds go to the backend together; its other jobs run side by side. What
 job becomes that job's outcome and nobody else's. Jobs that failed in a way that may pass are left
 open, to be tried again with the batch's next run; those run one by one from then on, and a batch of
 which a worker has died runs strictly one job at a time, so that the culprit is found.
+
+What takes longer than a batch may wait goes to the slow lane: writes of a backend that extracts
+memories, and the second step of adds that are stored and not yet searchable.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from typing import Any, Protocol, TypeVar, cast
 import orjson
 
 from recallq.contract import (
-    DEFAULT_SESSION,
     AddBatch,
     AddJob,
     AnyBatch,
@@ -45,7 +47,14 @@ from recallq.errors import (
     WrongBackend,
     from_wire,
 )
-from recallq_worker.backends.base import Added, MemoryExtractor, MemoryStore, Record, Submission
+from recallq_worker.backends.base import (
+    Added,
+    MemoryExtractor,
+    MemoryStore,
+    Record,
+    Submission,
+    takes_second_step,
+)
 from recallq_worker.ledger import Claim, Waiting
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.slow_ledger import Handover
@@ -63,7 +72,7 @@ when a machine is shut down."""
 
 @dataclass(frozen=True, slots=True)
 class Postponed:
-    """What is left of a batch after a run: jobs to be tried again."""
+    """Jobs to be tried again."""
 
     delay: float
     """Seconds until the first of them is due."""
@@ -74,12 +83,12 @@ class Postponed:
 
 
 @dataclass(frozen=True, slots=True)
-class HandedOver:
-    """What is left of a batch after a run: jobs for the slow lane."""
+class Left:
+    """What is left of a batch after a run: some of its jobs, or all."""
 
-    jobs: list[Handover]
-    again: bool
-    """Whether they were handed over before."""
+    postponed: Postponed | None = None
+    handed_over: list[Handover] = field(default_factory=list)
+    """Jobs for the slow lane."""
 
 
 class Observer(Protocol):
@@ -152,6 +161,7 @@ class MemoryService:
         self._extractor = backend if isinstance(backend, MemoryExtractor) else None
         # Adds come this far only where it is one.
         self._store = cast("MemoryStore", backend)
+        self._indexes = takes_second_step(backend)
         self._pause = pause
         self._now = now
         self._job_timeout = job_timeout
@@ -162,11 +172,12 @@ class MemoryService:
 
     async def run(
         self, batch: AnyBatch, claim: Claim, result: BatchResult, observer: Observer
-    ) -> Postponed | HandedOver | None:
+    ) -> Left | None:
         """Runs what is open of `batch`, entering each outcome into `result` as soon as it is there.
 
-        Jobs that have an outcome in `result` already are not run again. Returns the jobs that are
-        to be tried again, or that are for the slow lane; these have no outcome.
+        Jobs that have settled in `result` already are not run again. Returns those that are to be
+        tried again, which have no outcome, and those that are for the slow lane, which have none or
+        are stored.
         """
         result.operation = batch.operation
         result.outcomes += [None] * (len(batch.jobs) - len(result.outcomes))
@@ -176,20 +187,24 @@ class MemoryService:
             if claim.handed_over:
                 await self._collect(run)
             runnable: list[int] = []
+            for_slow_lane: list[int] = []
             for index, job in enumerate(batch.jobs):
-                if result.outcomes[index] is not None:
+                outcome = result.outcomes[index]
+                if outcome is not None and outcome.state.settled:
                     continue
                 # Of what is in the slow lane, only that lane can say what comes of it.
-                if not claim.handed_over and await self._refused(run, index, job):
+                if outcome is not None or (claim.handed_over and not self._indexes):
+                    for_slow_lane.append(index)
+                    continue
+                if await self._refused(run, index, job):
                     continue
                 waiting = claim.waiting.get(index)
                 if waiting is not None and waiting.due > self._now() + _DUE_TOGETHER:
                     run.waiting[index] = waiting
                 else:
                     runnable.append(index)
-            through_slow_lane = self._extractor is not None and batch.operation.writes
-            if through_slow_lane or claim.handed_over:
-                return await self._hand_over(run, runnable)
+            if self._extractor is not None and batch.operation.writes:
+                return await self._what_is_left(run, for_slow_lane + runnable)
             if claim.deliveries > 1:
                 # One such batch at a time: the culprit may be in another of them.
                 async with self._suspects:
@@ -198,11 +213,11 @@ class MemoryService:
                 await self._add_together(run, batch.jobs, runnable)
             else:
                 await self._each(run, runnable)
-            return self._what_is_left(run)
+            return await self._what_is_left(run, for_slow_lane + self._stored_among(run, runnable))
         except Exception:
             log.exception("a defect in running batch %s", batch.id)
             for index, outcome in enumerate(result.outcomes):
-                if outcome is None:
+                if outcome is None or not outcome.state.settled:
                     await self._failed(run, index, InternalError("see the worker's log"))
             return None
         finally:
@@ -222,16 +237,36 @@ class MemoryService:
 
     # --- by way of the slow lane ----------------------------------------------------------------
 
-    async def _hand_over(self, run: _Run, open_jobs: list[int]) -> HandedOver | None:
+    async def _hand_over(self, run: _Run, indexes: list[int]) -> list[Handover]:
         """Leaves writes to the slow lane."""
         handed_over = []
-        for index in open_jobs:
+        for index in indexes:
             job, epoch = run.batch.jobs[index], run.epoch(index)
             assert isinstance(job, AddJob | DeleteJob)  # the others do not write
             if isinstance(job, DeleteJob):
                 await run.observer.forget(job.scope, epoch)
-            handed_over.append(Handover(index, job, epoch, self._pause_of(job, epoch)))
-        return HandedOver(handed_over, run.claim.handed_over) if handed_over else None
+            outcome = run.result.outcomes[index]
+            handed_over.append(
+                Handover(
+                    index,
+                    job,
+                    epoch,
+                    self._pause_of(job, epoch),
+                    stored=None if outcome is None else outcome.result,
+                    again=run.claim.handed_over,
+                )
+            )
+        return handed_over
+
+    @staticmethod
+    def _stored_among(run: _Run, indexes: list[int]) -> list[int]:
+        """Those that are stored and not yet searchable."""
+        found = []
+        for index in indexes:
+            outcome = run.result.outcomes[index]
+            if outcome is not None and outcome.state is JobState.STORED:
+                found.append(index)
+        return found
 
     def _pause_of(self, job: AddJob | DeleteJob, epoch: int) -> float:
         if isinstance(job, DeleteJob) or self._extractor is None:
@@ -245,7 +280,8 @@ class MemoryService:
     async def _collect(self, run: _Run) -> None:
         """Enters what came of jobs in the slow lane."""
         for index, answer in run.claim.answers.items():
-            if run.result.outcomes[index] is not None:
+            before = run.result.outcomes[index]
+            if before is not None and before.state.settled:
                 continue
             found = orjson.loads(answer)
             if "error" not in found:
@@ -331,12 +367,15 @@ class MemoryService:
         left = None if deadline is None else deadline - self._now()
         return self._retries.wait(error, run.attempts(index) + 1, left=left, draw=run.draw)
 
-    def _what_is_left(self, run: _Run) -> Postponed | None:
-        """The jobs to be tried again, when the first of them may be."""
-        if not run.waiting:
-            return None
-        first = min(each.due for each in run.waiting.values())
-        return Postponed(max(first - self._now(), 0.0), run.errors, run.waiting)
+    async def _what_is_left(self, run: _Run, for_slow_lane: list[int]) -> Left | None:
+        """The jobs that have not settled: those to be tried again, and when the first may be, and
+        those for the slow lane."""
+        handed_over = await self._hand_over(run, for_slow_lane)
+        postponed = None
+        if run.waiting:
+            first = min(each.due for each in run.waiting.values())
+            postponed = Postponed(max(first - self._now(), 0.0), run.errors, run.waiting)
+        return Left(postponed, handed_over) if postponed or handed_over else None
 
     # --- together -------------------------------------------------------------------------------
 
@@ -344,7 +383,9 @@ class MemoryService:
         """Stores all jobs' records in one call. If it fails and that will not pass, each job gets a
         call of its own: the records are the same, so those that were stored already are not stored
         twice."""
-        records = {index: _records(jobs[index], run.epoch(index)) for index in runnable}
+        records = {
+            index: Submission.of(jobs[index], run.epoch(index)).records() for index in runnable
+        }
         everything = [record for each in records.values() for record in each]
         together: list[Added] | JobError = []
         if everything:
@@ -367,7 +408,7 @@ class MemoryService:
         for index in runnable:
             mine = records[index]
             added = together[start : start + len(mine)]
-            run.result.outcomes[index] = _added(jobs[index], mine, added)
+            run.result.outcomes[index] = self._added(jobs[index], mine, added)
             start += len(mine)
 
     # --- job by job -----------------------------------------------------------------------------
@@ -427,8 +468,8 @@ class MemoryService:
     async def _one(self, run: _Run, job: AnyJob, epoch: int) -> Outcome:
         match job:
             case AddJob():
-                records = _records(job, epoch)
-                return _added(job, records, await self._store.add(records))
+                records = Submission.of(job, epoch).records()
+                return self._added(job, records, await self._store.add(records))
             case SearchJob():
                 hits = await self._backend.search(
                     job.scope, job.query, top_k=job.top_k, score_threshold=job.score_threshold
@@ -471,22 +512,15 @@ class MemoryService:
                 f"{type(error).__name__} in backend {self._backend.name}; see the worker's log"
             )
 
-
-def _records(job: AddJob, epoch: int) -> list[Record]:
-    session_id = job.scope.session_id or DEFAULT_SESSION
-    scope = Scope(job.scope.tenant, job.scope.user_id, session_id)
-    return [
-        Record(job.record_id(index), scope, job.order, epoch, message)
-        for index, message in enumerate(job.messages)
-    ]
-
-
-def _added(job: AddJob, records: Sequence[Record], added: Sequence[Added]) -> Outcome:
-    count = added.count(Added.NEW)
-    if job.idempotency_key is None and job.origin is None:
-        # The ids are the job's own: it was this job that stored them, when it ran before.
-        count += added.count(Added.KNOWN)
-    return _succeeded({"record_ids": [record.record_id for record in records], "added": count})
+    def _added(self, job: AddJob, records: Sequence[Record], added: Sequence[Added]) -> Outcome:
+        count = added.count(Added.NEW)
+        if job.idempotency_key is None and job.origin is None:
+            # The ids are the job's own: it was this job that stored them, when it ran before.
+            count += added.count(Added.KNOWN)
+        outcome = _succeeded({"record_ids": [each.record_id for each in records], "added": count})
+        if self._indexes:
+            outcome.state = JobState.STORED
+        return outcome
 
 
 def _stored(record: Record) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The slow lane: extractions and deletes, one at a time per user, many users at once.
+"""The slow lane: what takes seconds, one thing at a time per user, many users at once.
+
+Extractions and deletes of backends that extract memories; of stores, the second step that makes
+what they keep searchable (`recallq_worker.indexing`).
 
 A worker that has the slow lane takes up users who are due, as many as it may at once, each in a
 task of its own on the process's loop. So an LLM that takes seconds holds no slot that a search
@@ -14,14 +17,16 @@ import logging
 import random
 
 from recallq.redis_client import COMMAND_TIMEOUT, LOST
-from recallq_worker.backends.base import MemoryExtractor, Superseded
+from recallq_worker.backends.base import Superseded
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import RENEW_EVERY
 from recallq_worker.slow_ledger import DeleteGoesFirst, SlowLedger, Turn, TurnIsOver
-from recallq_worker.slow_turn import ActiveTurn, Rules
+from recallq_worker.slow_turn import ActiveTurn, Rules, SlowWork
 
 log = logging.getLogger(__name__)
 
+_MOST_JOBS = 200
+"""Most jobs of a user that one turn takes up, unless it is said otherwise."""
 _LOOK_EVERY = 0.1
 """Seconds after which a worker with room looks for users again, if nobody tells it before."""
 _FAREWELL = 3.0
@@ -33,19 +38,22 @@ class SlowLane:
 
     def __init__(
         self,
-        extractor: MemoryExtractor,
+        work: SlowWork,
         ledger: SlowLedger,
         rules: Rules,
         *,
         users_at_once: int,
         pause: float,
+        most_jobs: int = _MOST_JOBS,
     ) -> None:
-        """`pause` in seconds: for how long adds that are left after a turn wait for others."""
-        self._extractor = extractor
+        """`pause` in seconds: for how long adds that are left after a turn wait for others.
+        `most_jobs` of a user are taken up at once."""
+        self._work = work
         self._ledger = ledger
         self._rules = rules
         self._users_at_once = users_at_once
         self._pause = pause
+        self._most_jobs = most_jobs
         self._active: dict[str, ActiveTurn] = {}
         self._news = asyncio.Event()
         self._stopping = False
@@ -79,14 +87,14 @@ class SlowLane:
             if room > 0 and not self._stopping:
                 try:
                     async with asyncio.timeout(COMMAND_TIMEOUT):
-                        wait, turns = await self._ledger.take(room)
+                        wait, turns = await self._ledger.take(room, self._most_jobs)
                 except LOST as error:
                     log.debug("cannot look into the slow lane: %s", type(error).__name__)
                     await asyncio.sleep(0.5)
                     continue
                 for turn in turns:
                     self._overtake(turn)
-                    active = ActiveTurn(turn, self._extractor, self._ledger, self._rules)
+                    active = ActiveTurn(turn, self._work, self._ledger, self._rules)
                     self._active[turn.token] = active
                     active.task = asyncio.create_task(self._have(active))
             nap = _LOOK_EVERY * random.uniform(0.7, 1.0)  # noqa: S311  # not all at one moment

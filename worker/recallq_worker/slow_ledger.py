@@ -1,9 +1,10 @@
 """What the slow lane keeps in Redis: who waits, whose turn it is, and how far that went.
 
-Writes to a backend that extracts memories are handed over by their batch (`park`) and wait, each
-user's by themselves and in order. A worker takes up a user under a lease with a fencing token: a
-token that is not the last given for the user changes nothing any more. What came of a job is
-written into its batch in the ledger, and the batch is pushed, to be answered as any other.
+Writes to a backend that extracts memories, and adds that are stored and not yet searchable, are
+handed over by their batch (`park`) and wait, each user's by themselves and in order. A worker takes
+up a user under a lease with a fencing token: a token that is not the last given for the user
+changes nothing any more. What came of a job is written into its batch in the ledger, and the batch
+is pushed, to be answered as any other.
 
 Everything a crash may fall between is one script. Of a user, by hash tag (see `recallq.keys`):
 
@@ -37,7 +38,7 @@ from recallq.contract import AddJob, AnyBatch, DeleteJob
 from recallq.keys import Keys, escape
 from recallq.redis_client import RedisClient
 from recallq_worker import slow_scripts as scripts
-from recallq_worker.ledger import LEASE, WorkerLedger
+from recallq_worker.ledger import LEASE, NextRun, WorkerLedger
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ when one of them is done; this is for what nobody has thought of."""
 _REMEMBERED = 30 * 24 * 3600
 """Seconds for which it is remembered what came of an add that may be submitted again."""
 _NOT_BRIEF = 2
-_MOST_JOBS = 200
 _MOST_BYTES = 4 * 1024 * 1024
 """What one turn takes up of a user at most, about."""
 
@@ -69,6 +69,25 @@ class Handover:
     epoch: int
     pause: float
     """Seconds for which others may join before it is worked on."""
+    stored: dict[str, Any] | None = None
+    """Of an add that is stored, and to be made searchable: what came of it."""
+    again: bool = False
+    """Whether it was handed over before, most likely."""
+
+    @property
+    def kind(self) -> str:
+        """As the scripts call it."""
+        if isinstance(self.job, DeleteJob):
+            return "d"
+        return "a" if self.stored is None else "i"
+
+    @property
+    def submitted_again(self) -> str:
+        """What is the same when it is submitted once more; empty if nothing can be, or if stores
+        see to it."""
+        if isinstance(self.job, DeleteJob) or self.stored is not None:
+            return ""
+        return self.job.again or ""
 
 
 @dataclass(slots=True)
@@ -78,14 +97,16 @@ class PendingJob:
     id: str
     job: AddJob | DeleteJob
     epoch: int
+    stored: dict[str, Any] | None = None
+    """Of an add that is stored, and to be made searchable: what came of it."""
     attempts: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     """Earlier attempts, oldest first: ``at``, ``error``."""
 
     @property
     def again(self) -> str:
-        """What is the same when the job is submitted once more; empty if nothing can be."""
-        return self.job.again or "" if isinstance(self.job, AddJob) else ""
+        """As `Handover.submitted_again`."""
+        return Handover(0, self.job, self.epoch, 0, self.stored).submitted_again
 
 
 @dataclass(slots=True)
@@ -143,18 +164,22 @@ class SlowLedger:
         prefixes = (keys.waiting(""), keys.pending(""), keys.turn(""), keys.epochs_of(""))
         self._common = [*ledger.script_arguments, *prefixes, keys.done("")[:-1]]
 
-    async def park(self, batch: AnyBatch, jobs: Sequence[Handover], *, again: bool) -> bool:
-        """Hands over the open jobs of a batch that runs here, all or none, and ends its run.
+    async def park(
+        self, batch: AnyBatch, jobs: Sequence[Handover], next_run: NextRun | None = None
+    ) -> bool:
+        """Hands over jobs of a batch that runs here, all or none, and ends its run.
 
-        `again`: they were handed over before, and are most likely known. False if the batch is not
+        `next_run` is for jobs beside them that are to be tried again. False if the batch is not
         ours any more. Repeating it changes nothing.
         """
         look_again = int(_LOOK_AGAIN * 1000 * random.uniform(0.8, 1.2))  # noqa: S311  # spreads load
-        for brief in (True, False) if again else (False,):
+        later = ["", "", ""] if next_run is None else next_run.arguments()
+        known = any(each.again for each in jobs)
+        for brief in (True, False) if known else (False,):
             args = [part for each in jobs for part in self._handover(batch, each, brief=brief)]
             verdict, pushed = await self._park(
                 keys=self._script_keys,
-                args=[*self._common, batch.id, self._ledger.worker_id, look_again, *args],
+                args=[*self._common, batch.id, self._ledger.worker_id, look_again, *later, *args],
             )
             await self._ledger.push(pushed)
             if verdict != _NOT_BRIEF:
@@ -165,9 +190,11 @@ class SlowLedger:
         self, batch: AnyBatch, handover: Handover, *, brief: bool
     ) -> list[str | int | bytes]:
         job, scope = handover.job, handover.job.scope
-        session = scope.session_id or ""
-        kind = "a" if isinstance(job, AddJob) else "d"
+        session, kind = scope.session_id or "", handover.kind
         header = f"{kind}|{handover.epoch}|{batch.id}|{handover.index}|{escape(session)}\n"
+        item = header.encode()
+        if handover.stored is not None:
+            item += orjson.dumps(handover.stored) + b"\n"
         return [
             handover.index,
             job.id,
@@ -177,8 +204,8 @@ class SlowLedger:
             handover.epoch,
             session,
             int(handover.pause * 1000),
-            job.again or "" if isinstance(job, AddJob) else "",
-            b"" if brief else (header + job.model_dump_json()).encode(),
+            handover.submitted_again,
+            b"" if brief and handover.again else item + job.model_dump_json().encode(),
         ]
 
     async def refused(self, job: AddJob) -> None:
@@ -186,8 +213,8 @@ class SlowLedger:
         tag = self._keys.user_tag(job.scope.tenant, job.scope.user_id)
         await self._refused(keys=self._script_keys, args=[*self._common, tag, job.id])
 
-    async def take(self, most: int) -> tuple[float | None, list[Turn]]:
-        """Takes up to `most` users who are due.
+    async def take(self, most: int, most_jobs: int) -> tuple[float | None, list[Turn]]:
+        """Takes up to `most` users who are due, with the first of their jobs each.
 
         Also returns the seconds until the next one will be, None if there is none.
         """
@@ -198,7 +225,7 @@ class SlowLedger:
                 self._ledger.worker_id,
                 int(LEASE * 1000),
                 most,
-                _MOST_JOBS,
+                most_jobs,
                 _MOST_BYTES,
             ],
         )
@@ -341,12 +368,16 @@ def _turn(
 def _pending(job_id: str, item: bytes, tried: bytes) -> PendingJob:
     header, _, body = item.partition(b"\n")
     kind, epoch, *_ = header.decode().split("|")
+    stored: dict[str, Any] | None = None
+    if kind == "i":
+        before, _, body = body.partition(b"\n")
+        stored = orjson.loads(before)
     job: AddJob | DeleteJob
-    job = (AddJob if kind == "a" else DeleteJob).model_validate_json(body)
-    pending = PendingJob(job_id, job, int(epoch))
+    job = (DeleteJob if kind == "d" else AddJob).model_validate_json(body)
+    pending = PendingJob(job_id, job, int(epoch), stored)
     if tried:
-        before = orjson.loads(tried)
-        pending.attempts, pending.history = before["attempts"], before["history"]
+        earlier = orjson.loads(tried)
+        pending.attempts, pending.history = earlier["attempts"], earlier["history"]
     return pending
 
 

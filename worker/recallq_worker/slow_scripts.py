@@ -69,7 +69,7 @@ local function mine(tag, token)
   return last == token and worker
 end
 
--- No job of the user is worked on any more. While something of them may be stored, they still count
+-- No add of the user is extracted any more. While something of them may be stored, they still count
 -- as running: one that could be cancelled would be cancelled, and remembered.
 local function pause(tag)
   local running, storing = unpack(redis.call('HMGET', turns .. tag, 'r', 'j'))
@@ -89,12 +89,14 @@ end
 """
 )
 
-# ARGV 10-12: batch id, worker id, time (ms) after which the batch is looked after again. Of each
-# job then: index, job id, tag, "a" or "d", score, epoch, session ("" for all), pause (ms), what is
+# ARGV 10-15: batch id, worker id, time (ms) after which the batch is looked after again; of jobs
+# that are to be tried again: time (ms) until then, line of history, open jobs, all "" for none. Of
+# each job then: index, job id, tag, kind, score, epoch, session ("" for all), pause (ms), what is
 # the same when it is submitted again, item, which may be left out if it was handed over before.
-# A delete need not let an extraction come to its end that has not begun to store anything. What it
-# concerns is refused as its turn comes; a delete itself has done a part of its work by now, so it
-# counts as running.
+# Kinds: a, an add to extract; d, a delete; i, an add to index, which is stored. A delete need not
+# let an extraction come to its end that has not begun to store anything. What it concerns is
+# refused as its turn comes. Of a delete and of a stored add a part is done by now, so they count as
+# running.
 # Returns 1, or 0 if the batch is not ours, or 2 if items are needed after all.
 PARK = (
     _PRELUDE
@@ -103,7 +105,7 @@ local id = ARGV[10]
 local batch = batches .. id
 local owner, state = unpack(redis.call('HMGET', batch, 'w', 's'))
 if owner ~= ARGV[11] or state ~= 'running' then return {0, pushed} end
-for at = 13, #ARGV, 10 do
+for at = 16, #ARGV, 10 do
   local index, job, tag = unpack(ARGV, at, at + 2)
   if ARGV[at + 9] == '' and redis.call('HEXISTS', batch, 'u' .. index) == 0
      and redis.call('HEXISTS', pending .. tag, job) == 0 then
@@ -111,7 +113,7 @@ for at = 13, #ARGV, 10 do
   end
 end
 local answered = false
-for at = 13, #ARGV, 10 do
+for at = 16, #ARGV, 10 do
   local index, job, tag, kind, score, epoch, session, wait, again, item = unpack(ARGV, at, at + 9)
   local outcome
   redis.call('ZREM', coming .. tag, job)
@@ -122,7 +124,7 @@ for at = 13, #ARGV, 10 do
       if tonumber(epoch) < fence_of(tag, session) then outcome = FENCED end
       local before, unsettled = known(tag, session, again)
       if not unsettled then outcome = outcome or before end
-    else
+    elseif kind == 'd' then
       local come = tonumber(redis.call('HGET', epochs .. tag, 'd') or '0')
       redis.call('HSET', epochs .. tag, 'd', math.max(come, tonumber(epoch)))
     end
@@ -139,8 +141,8 @@ for at = 13, #ARGV, 10 do
       end
       redis.call('HSET', pending .. tag, job, item)
       redis.call('ZADD', waiting .. tag, score, job)
+      if kind ~= 'a' then redis.call('HSET', batch, 'g' .. index, 1) end
       if kind == 'd' then
-        redis.call('HSET', batch, 'g' .. index, 1)
         if not leased then redis.call('ZADD', slow, now, tag) end
       elseif not leased and (not retry or tonumber(retry) <= now) then
         local due = redis.call('ZSCORE', slow, tag)
@@ -151,12 +153,19 @@ for at = 13, #ARGV, 10 do
   end
 end
 redis.call('HSET', batch, 's', 'queued', 'd', 0, 'y', 1)
-redis.call('HDEL', batch, 'w')
+redis.call('HDEL', batch, 'w', 'o')
 redis.call('ZREM', held, id)
+local look_again = ARGV[12]
+if ARGV[13] ~= '' then
+  look_again = ARGV[13]
+  local history = redis.call('HGET', batch, 'h') or ''
+  redis.call('HSET', batch, 'h', history .. ARGV[14], 'o', ARGV[15])
+  redis.call('HINCRBY', batch, 'a', 1)
+end
 if answered then
   pushed[#pushed + 1] = requeue(batch, id, here, queued, queues)
 else
-  redis.call('ZADD', delayed, now + tonumber(ARGV[12]), id)
+  redis.call('ZADD', delayed, now + tonumber(look_again), id)
 end
 return {1, pushed}
 """

@@ -16,11 +16,11 @@ import random
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import orjson
 
-from recallq.contract import AddJob, never_begun
+from recallq.contract import AddJob, Scope, never_begun
 from recallq.errors import (
     BackendUnavailable,
     InternalError,
@@ -31,7 +31,7 @@ from recallq.errors import (
     WorkerLost,
     to_wire,
 )
-from recallq_worker.backends.base import Extracted, MemoryExtractor, Submission, Superseded
+from recallq_worker.backends.base import Extracted, Journal, Submission, Superseded
 from recallq_worker.insistence import insistently
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.slow_ledger import PendingJob, SlowLedger, Turn, TurnIsOver, Verdict
@@ -67,12 +67,34 @@ class Rules:
     now: Callable[[], float]
 
 
+class SlowWork(Protocol):
+    """What is done in the slow lane; see `MemoryExtractor`, whose calls these are."""
+
+    @property
+    def name(self) -> str: ...
+
+    def group(self, submission: Submission) -> Hashable: ...
+
+    def tokens(self, submission: Submission) -> int: ...
+
+    async def extract(
+        self, submissions: Sequence[Submission], journal: Journal
+    ) -> Sequence[Extracted | JobError]:
+        """What came of each. An error of one is not the others'; nothing of it is stored that was
+        not before."""
+        ...
+
+    async def recover(
+        self, submissions: Sequence[Submission], intent: dict[str, Any]
+    ) -> Sequence[Extracted] | None: ...
+
+    async def delete(self, scope: Scope, *, before_epoch: int) -> int: ...
+
+
 class ActiveTurn:
     """A turn that is worked on here."""
 
-    def __init__(
-        self, turn: Turn, extractor: MemoryExtractor, ledger: SlowLedger, rules: Rules
-    ) -> None:
+    def __init__(self, turn: Turn, work: SlowWork, ledger: SlowLedger, rules: Rules) -> None:
         self.turn = turn
         self.task: asyncio.Task[None]
         self.running: frozenset[str] = frozenset()
@@ -85,7 +107,7 @@ class ActiveTurn:
         """Jobs to be tried again."""
         self.delay = 0.0
         """Seconds until then."""
-        self._extractor = extractor
+        self._work = work
         self._ledger = ledger
         self._rules = rules
         self._storing = False
@@ -144,8 +166,8 @@ class ActiveTurn:
         current: dict[Hashable, tuple[list[PendingJob], set[str], int]] = {}
         for job in jobs:
             submission = _submission(job)
-            key = (self._extractor.group(submission), job.epoch < deletion)
-            size = self._extractor.tokens(submission)
+            key = (self._work.group(submission), job.epoch < deletion)
+            size = self._work.tokens(submission)
             group, seen, total = current.get(key, ([], set(), 0))
             # What was submitted twice is not extracted twice: the second finds what came of it.
             if not group or total + size > self._rules.token_budget or job.again in seen:
@@ -190,7 +212,7 @@ class ActiveTurn:
     def _answer_to(self, job: PendingJob, verdict: Verdict) -> bytes | None:
         """What a job is answered that is not to be worked on."""
         late = 0.0
-        if isinstance(job.job, AddJob) and job.job.deadline is not None:
+        if isinstance(job.job, AddJob) and job.job.deadline is not None and job.stored is None:
             late = self._rules.now() - job.job.deadline
         if verdict.what == "known":
             return verdict.outcome
@@ -249,7 +271,7 @@ class ActiveTurn:
                 raise Superseded
             self._entry = entry
 
-        done = await self._calling(jobs, lambda: self._extractor.extract(submissions, journal))
+        done = await self._calling(jobs, lambda: self._work.extract(submissions, journal))
         if isinstance(done, JobError) and self._entry is not None:
             # Something may be stored, or even everything. Before it is tried again, nothing is.
             found = await self._recovering(jobs, submissions, self._entry)
@@ -269,11 +291,11 @@ class ActiveTurn:
         jobs: Sequence[PendingJob],
         submissions: Sequence[Submission],
         entry: dict[str, Any],
-    ) -> list[Extracted] | JobError | None:
+    ) -> Sequence[Extracted] | JobError | None:
         """Has the extractor look into a journal. Nobody stops it: what it finds must be known."""
         return await self._calling(
             jobs,
-            lambda: self._extractor.recover(submissions, entry["intent"]),
+            lambda: self._work.recover(submissions, entry["intent"]),
             storing=True,
         )
 
@@ -306,15 +328,20 @@ class ActiveTurn:
             else:
                 self._try_again(job, error)
 
-    async def _stored(self, jobs: Sequence[PendingJob], done: Sequence[Extracted]) -> None:
-        """Answers jobs whose memories are stored."""
-        verdict = await self._answer(_answers(jobs, done))
+    async def _stored(
+        self, jobs: Sequence[PendingJob], done: Sequence[Extracted | JobError]
+    ) -> None:
+        """Answers jobs whose memories are stored, and those that failed beside them."""
+        for job, each in zip(jobs, done, strict=True):
+            if isinstance(each, JobError) and self._wait(job, each) is not None:
+                self._try_again(job, each)
+        verdict = await self._answer(self._told(jobs, done))
         if verdict is None:
             return
         if verdict == _REDONE and self._entry is not None:
             # Somebody has taken our turn, had not found what we stored, and did it again.
             intent = self._entry["intent"]
-            undone = await self._guarded(lambda: self._extractor.recover([], intent))
+            undone = await self._guarded(lambda: self._work.recover([], intent))
             if isinstance(undone, JobError):
                 log.error("memories are stored twice, and cannot be removed: %s", undone)
         raise TurnIsOver
@@ -329,7 +356,7 @@ class ActiveTurn:
         submissions = [_submission(job) for job in jobs] if whole else []
         await insistently(lambda: self._ledger.begin(turn, jobs, busy=True))
         outcomes: list[_Answered] = []
-        done: list[Extracted] | JobError | None = None
+        done: Sequence[Extracted] | JobError | None = None
         if turn.begun > _SUSPICIOUS + _DEATHS:
             log.error("workers die of looking what an interrupted extraction stored; not looked")
         else:
@@ -347,7 +374,7 @@ class ActiveTurn:
             outcomes = [(job, _failure(job, done), None) for job in jobs]
             done = None
         if done is not None:
-            outcomes = _answers(jobs, done)
+            outcomes = self._told(jobs, done)
         looked_into = _REDONE if done is None else _ADOPTED
         if await self._answer(outcomes, looked_into=looked_into) is not None:
             raise TurnIsOver
@@ -356,6 +383,23 @@ class ActiveTurn:
             turn.jobs = [job for job in turn.jobs if job.id not in meant]
         return True
 
+    def _told(
+        self, jobs: Sequence[PendingJob], done: Sequence[Extracted | JobError]
+    ) -> list[_Answered]:
+        """What jobs are told, but for those that are to be tried again."""
+        answers: list[_Answered] = []
+        for job, each in zip(jobs, done, strict=True):
+            if isinstance(each, JobError):
+                if job not in self.postponed:
+                    answers.append((job, _failure(job, each), None))
+                continue
+            result = job.stored
+            if result is None:
+                result = {"record_ids": each.record_ids, "added": each.added, "merged": each.merged}
+            repeated = orjson.dumps({"result": {**result, "added": 0}}) if job.again else None
+            answers.append((job, orjson.dumps({"result": result}), repeated))
+        return answers
+
     # --- deleting -------------------------------------------------------------------------------
 
     async def _delete(self, job: PendingJob, *, alone: bool) -> None:
@@ -363,7 +407,7 @@ class ActiveTurn:
             return
         done = await self._calling(
             [job],
-            lambda: self._extractor.delete(job.job.scope, before_epoch=job.epoch),
+            lambda: self._work.delete(job.job.scope, before_epoch=job.epoch),
             storing=True,
         )
         if isinstance(done, JobError):
@@ -379,7 +423,9 @@ class ActiveTurn:
     # --- failing --------------------------------------------------------------------------------
 
     def _wait(self, job: PendingJob, error: JobError) -> float | None:
-        left = None if job.job.deadline is None else job.job.deadline - self._rules.now()
+        # What is stored shall be found, whether or not anybody still waits to hear of it.
+        expires = job.job.deadline if job.stored is None else None
+        left = None if expires is None else expires - self._rules.now()
         return self._rules.retries.wait(error, job.attempts + 1, left=left, draw=self._draw)
 
     def _try_again(self, job: PendingJob, error: JobError) -> None:
@@ -415,7 +461,7 @@ class ActiveTurn:
 
     async def _guarded(self, work: Callable[[], Awaitable[T]]) -> T | JobError:
         """What `work` returns, or the error that its jobs end with. Raises `Superseded`."""
-        name = self._extractor.name
+        name = self._work.name
         try:
             async with asyncio.timeout(self._rules.timeout):
                 return await work()
@@ -435,15 +481,6 @@ def _submission(job: PendingJob) -> Submission:
     add = job.job
     assert isinstance(add, AddJob)  # the callers' lists hold adds only
     return Submission.of(add, job.epoch)
-
-
-def _answers(jobs: Sequence[PendingJob], done: Sequence[Extracted]) -> list[_Answered]:
-    answers: list[_Answered] = []
-    for job, each in zip(jobs, done, strict=True):
-        result = {"record_ids": each.record_ids, "added": each.added, "merged": each.merged}
-        repeated = orjson.dumps({"result": {**result, "added": 0}}) if job.again else None
-        answers.append((job, orjson.dumps({"result": result}), repeated))
-    return answers
 
 
 def _failure(job: PendingJob, error: JobError) -> bytes:

@@ -71,14 +71,14 @@ def _decode(task: Task, payload: object) -> AnyBatch:
 
 
 def _answer_early(task: Task, result: BatchResult, answered: int) -> int:
-    """Stores what has settled, if that is more than `answered` jobs; returns how many it is."""
-    settled = sum(outcome is not None for outcome in result.outcomes)
-    if settled > answered:
+    """Stores how far the jobs have come, if that is further than `answered`; returns how far."""
+    reached = sum(2 if each.state.settled else 1 for each in result.outcomes if each is not None)
+    if reached > answered:
         try:
             task.update_state(state=PARTIAL, meta=result)
         except Exception as error:  # noqa: BLE001  # jobs go on, and the answer comes in the end
             log.warning("cannot answer a part of a batch early: %s", type(error).__name__)
-    return settled
+    return reached
 
 
 @task_postrun.connect  # type: ignore[untyped-decorator]

@@ -25,7 +25,7 @@ from recallq.cli.connection import UrlOption, connect, is_named, named_url
 from recallq.cli.memory import printable
 from recallq.cli.runner import fail, guarded, run
 from recallq.cli.stack import default_data_dir
-from recallq.contract import Lane
+from recallq.contract import Lane, Wait
 from recallq.errors import InvalidInput, RecallQError
 from recallq.ingest import IngestOptions, IngestReport, check, ingest
 from recallq.ingest.stream import MAX_PIECE_BYTES
@@ -57,6 +57,10 @@ def ingest_command(
         bool, typer.Option("--resume", help="Go on where the last run of each file stopped.")
     ] = False,
     window: Annotated[int, typer.Option("--window", min=1, help="Messages in flight.")] = 1000,
+    wait: Annotated[
+        Wait,
+        typer.Option(help="What counts as ingested: stored, or found by searches as well."),
+    ] = "stored",
     timeout: Annotated[
         float, typer.Option("--timeout", help="Seconds a message may wait for its answer.")
     ] = 120.0,
@@ -82,6 +86,7 @@ def ingest_command(
         rejects=rejects,
         resume=resume,
         window=window,
+        wait=wait,
         timeout=timeout,
         max_line_bytes=max_line_bytes,
         target=guarded(lambda: _target(url, tenant, user, session)),

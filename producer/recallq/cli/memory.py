@@ -12,13 +12,17 @@ from rich.table import Table
 
 from recallq.cli.connection import UrlOption, connect
 from recallq.cli.runner import fail, run
-from recallq.contract import StoredMessage
+from recallq.contract import StoredMessage, Wait
 from recallq.messages import Message
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 UserArgument = Annotated[str, typer.Argument(help="User id.", show_default=False)]
 SessionOption = Annotated[Optional[str], typer.Option("--session", "-s", help="Session id.")]
 TenantOption = Annotated[Optional[str], typer.Option("--tenant", help="Tenant.")]
+WaitOption = Annotated[
+    Optional[Wait],
+    typer.Option(help="Wait until messages are stored, or until searches find them as well."),
+]
 TimeoutOption = Annotated[
     Optional[float], typer.Option("--timeout", help="Seconds to wait for the answer.")
 ]
@@ -35,6 +39,7 @@ def add(
         Optional[bool],
         typer.Option(help="Have an LLM extract memories, or not, where the backend can."),
     ] = None,
+    wait: WaitOption = None,
     tenant: TenantOption = None,
     timeout: TimeoutOption = None,
     url: UrlOption = None,
@@ -46,7 +51,9 @@ def add(
 
     async def work() -> None:
         async with connect(url, tenant=tenant) as client:
-            added = await client.add_memory(user, messages, session, timeout=timeout, infer=infer)
+            added = await client.add_memory(
+                user, messages, session, timeout=timeout, infer=infer, wait=wait
+            )
         if as_json:
             print_json(added.model_dump())
         else:

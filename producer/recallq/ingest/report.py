@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recallq.contract import Lane
+from recallq.contract import Lane, Wait
 from recallq.ingest.stream import MAX_PIECE_BYTES
 
 
@@ -29,6 +29,8 @@ class IngestOptions:
     """Keep ``FILE.recallq-ingest.json`` next to each file, for `resume`."""
     window: int = 1000
     """Messages in flight. More than the client's ``max_in_flight`` only wait there."""
+    wait: Wait = "stored"
+    """What counts as ingested, where the backend tells the two apart."""
     timeout: float = 120.0
     """How long a message may wait for its answer."""
     patience: float = 60.0

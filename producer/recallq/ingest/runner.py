@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from recallq.contract import AddResult, Lane
+from recallq.contract import AddResult, Lane, Wait
 from recallq.errors import (
     BackendUnavailable,
     ClientClosed,
@@ -69,6 +69,7 @@ class Adder(Protocol):
         lane: Lane,
         idempotency_key: str,
         order: int,
+        wait: Wait,
     ) -> AddResult: ...
 
     def next_order(self) -> int: ...
@@ -359,6 +360,7 @@ class _Run:
                     lane=options.lane,
                     idempotency_key=turn.key,
                     order=order,
+                    wait=options.wait,
                 )
             except QueueFull as error:
                 gate.hold("the queue is full", error.retry_after)

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeGuard, runtime_checkable
 
 from recallq.contract import DEFAULT_SESSION, AddJob, Health, Scope
+from recallq.errors import JobError
 from recallq_worker.settings import WorkerSettings
 
 
@@ -115,6 +116,29 @@ class MemoryStore(MemoryBackend, Protocol):
         ...
 
 
+@runtime_checkable
+class IndexedStore(MemoryStore, Protocol):
+    """A store that may need a second step until a search finds what it keeps: an embedding, or a
+    search index that follows in its own time. `add` does without; the slow lane does the rest."""
+
+    indexes: bool
+    """Whether it takes the second step, as it is set up."""
+
+    async def index(self, records: Sequence[Record]) -> Sequence[JobError | None]:
+        """Makes stored records of one user searchable; returns when a search finds them.
+
+        Says of each what it failed with; of one that is not there any more, nothing. What is done
+        already is not done, or paid, again. Raises what all fail with. May be cancelled at any
+        moment.
+        """
+        ...
+
+
+def takes_second_step(backend: object) -> TypeGuard[IndexedStore]:
+    """Whether adds to a backend are stored first and searchable later."""
+    return isinstance(backend, IndexedStore) and backend.indexes
+
+
 # --- extractors ---------------------------------------------------------------------------------
 
 
@@ -148,6 +172,13 @@ class Submission:
             record_ids=[job.record_id(index) for index in range(len(job.messages))],
             infer=job.infer,
         )
+
+    def records(self) -> list[Record]:
+        """Its messages as stores keep them."""
+        return [
+            Record(record_id, self.scope, self.order, self.epoch, message)
+            for record_id, message in zip(self.record_ids, self.messages, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
