@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 
 from recallq.contract import Scope
 from recallq_worker.backends.in_memory import InMemoryStore
-from tests.contract.store_conformance import StoreConformance, record, texts
+from tests.contract.store_conformance import FindsWords, record, texts
 
 
-class TestInMemoryStore(StoreConformance):
+class TestInMemoryStore(FindsWords):
     @asynccontextmanager
     async def open_store(self, redis_url: str, namespace: str) -> AsyncIterator[InMemoryStore]:
         store = InMemoryStore()

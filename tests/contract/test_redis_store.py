@@ -13,7 +13,7 @@ from recallq.embedded import EmbeddedRedis
 from recallq.errors import BackendError, BackendUnavailable
 from recallq_worker.backends.base import Added, Record
 from recallq_worker.backends.redis import RedisStore
-from tests.contract.store_conformance import StoreConformance, record, texts
+from tests.contract.store_conformance import FindsWords, record, texts
 from tests.support import eventually, redis_at
 
 
@@ -40,7 +40,7 @@ async def commands_run(redis_url: str) -> Counter[str]:
     return Counter({name: count for name, count in calls.items() if not name.startswith(ours)})
 
 
-class TestRedisStore(StoreConformance):
+class TestRedisStore(FindsWords):
     @asynccontextmanager
     async def open_store(self, redis_url: str, namespace: str) -> AsyncIterator[RedisStore]:
         async with opened(RedisStore(redis_url, namespace=namespace)) as store:

@@ -29,6 +29,8 @@ class Received:
     """The parsed JSON; None where there is none, the text where it is something else."""
     at: float
     """When, in `time.monotonic()` seconds."""
+    raw: bytes = field(default=b"", repr=False)
+    """The body as it came."""
     status: int | None = None
     """What it was answered; None while it runs, and for good if it never was."""
 

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,6 +33,9 @@ from tests.loopback.faults import Faults, HttpFailure, Received
 
 ALL = "*"
 """The gauges of all paths together."""
+
+RECEIVED: ContextVar[Received] = ContextVar("received")
+"""Where a handler finds the request as it came in."""
 
 _SECONDS = 10.0
 
@@ -57,9 +61,19 @@ class LoopbackServer(Faults, ABC):
     def authorize(self, request: Received) -> None:
         """Raises `HttpFailure` for a request that shows no valid key."""
 
+    def parse_body(self, path: str, raw: bytes) -> Any:
+        """What `Received.body` is, of a body that is not empty."""
+        try:
+            return json.loads(raw)
+        except ValueError:
+            return raw.decode(errors="replace")
+
     def error_body(self, failure: HttpFailure) -> object:
         """An error in the shape of the service."""
         return {"error": failure.message}
+
+    def finish(self, request: Received, response: web.Response) -> None:
+        """The last look at an answer, errors too, before it is sent."""
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -181,7 +195,8 @@ class LoopbackServer(Faults, ABC):
         assert task is not None
         self._handlers.add(task)
         task.add_done_callback(self._handlers.discard)
-        received = await _received(request)
+        received = await self._received(request)
+        RECEIVED.set(received)
         async with self._counted(received):
             self._requests.append(received)
             try:
@@ -190,7 +205,21 @@ class LoopbackServer(Faults, ABC):
                 body = self.error_body(failure) if failure.body is None else failure.body
                 response = as_response(body, status=failure.status, headers=failure.headers)
             received.status = None if _is_cut(request) else response.status
+            if isinstance(response, web.Response):
+                self.finish(received, response)
             return response
+
+    async def _received(self, request: web.Request) -> Received:
+        raw = await request.read()
+        return Received(
+            request.method,
+            request.path,
+            dict(request.query),
+            {name.lower(): value for name, value in request.headers.items()},
+            self.parse_body(request.path, raw) if raw else None,
+            time.monotonic(),
+            raw,
+        )
 
     async def _answered(
         self, request: web.Request, received: Received, handler: Handler
@@ -223,28 +252,12 @@ class LoopbackServer(Faults, ABC):
                 self._in_flight[gauge] -= 1
 
 
-async def _received(request: web.Request) -> Received:
-    text = await request.text()
-    body: Any = None
-    if text:
-        try:
-            body = json.loads(text)
-        except ValueError:
-            body = text
-    return Received(
-        request.method,
-        request.path,
-        dict(request.query),
-        {name.lower(): value for name, value in request.headers.items()},
-        body,
-        time.monotonic(),
-    )
-
-
 def as_response(
     body: object, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    """JSON; a string is sent as it stands, for the error page of a gateway."""
+    """JSON; a string is sent as it stands, for the error page of a gateway, and so are bytes."""
+    if isinstance(body, bytes):
+        return web.Response(body=body, status=status, headers=headers)
     if isinstance(body, str):
         return web.Response(text=body, status=status, headers=headers, content_type="text/html")
     return web.json_response(body, status=status, headers=headers)

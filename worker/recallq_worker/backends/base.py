@@ -34,6 +34,9 @@ class Record:
     """What its user's deletions are told by: one with a higher epoch was submitted after it."""
     message: dict[str, Any]
     """A JSON object."""
+    fixed: bool = False
+    """Whether it never comes again with another order key, so that a store may find it by that.
+    One with an idempotency key may."""
 
 
 class Added(Enum):
@@ -158,6 +161,8 @@ class Submission:
     """One per message, for memories that are a message as it was; the same whenever it is run."""
     infer: bool | None
     """Whether an LLM extracts; None leaves it to the backend's settings."""
+    fixed: bool = False
+    """Whether it is never submitted again with another order key."""
 
     @classmethod
     def of(cls, job: AddJob, epoch: int) -> Self:
@@ -171,12 +176,13 @@ class Submission:
             messages=job.messages,
             record_ids=[job.record_id(index) for index in range(len(job.messages))],
             infer=job.infer,
+            fixed=job.idempotency_key is None,
         )
 
     def records(self) -> list[Record]:
         """Its messages as stores keep them."""
         return [
-            Record(record_id, self.scope, self.order, self.epoch, message)
+            Record(record_id, self.scope, self.order, self.epoch, message, self.fixed)
             for record_id, message in zip(self.record_ids, self.messages, strict=True)
         ]
 

@@ -1,0 +1,145 @@
+"""The Tablestore SDK's client, and what its errors mean here.
+
+The SDK retries up to twenty times by itself, for up to a minute, and hides it; here a call is tried
+again a few times within a second, and beyond that the job is, which survives the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import SecretStr
+
+from recallq.errors import BackendError, BackendUnavailable, JobError, MissingExtra
+
+if TYPE_CHECKING:
+    from tablestore import AsyncOTSClient
+
+T = TypeVar("T")
+
+_CONNECT_TIMEOUT = 5.0
+_ANSWER_TIMEOUT = 20.0
+_TRIES = 4
+_FIRST_PAUSE = 0.05
+_LONGEST_REASON = 200
+
+# https://www.alibabacloud.com/help/en/tablestore/developer-reference/error-codes
+_PASSING = frozenset(
+    {
+        "OTSInternalServerError",
+        "OTSNotEnoughCapacityUnit",
+        "OTSOperationConflict",
+        "OTSOperationThrottled",
+        "OTSPartitionUnavailable",
+        "OTSRowOperationConflict",
+        "OTSServerBusy",
+        "OTSServerUnavailable",
+        "OTSTableNotReady",
+        "OTSTimeout",
+        "OTSTunnelServerUnavailable",
+    }
+)
+CONDITION_FAILED = "OTSConditionCheckFail"
+NO_SUCH_OBJECT = "OTSObjectNotExist"
+ALREADY_THERE = "OTSObjectAlreadyExist"
+
+
+def create_tablestore_client(
+    end_point: str,
+    instance_name: str,
+    access_key_id: str | SecretStr,
+    access_key_secret: str | SecretStr,
+    sts_token: str | SecretStr | None = None,
+    region: str | None = None,
+    **options: Any,
+) -> AsyncOTSClient:
+    """An asyncio client of one Tablestore instance, for the event loop that first uses it.
+
+    `options` go to ``tablestore.AsyncOTSClient``: a ``credentials_provider`` for tokens that are
+    renewed, a ``retry_policy`` (none by default), timeouts. Raises `MissingExtra`.
+    """
+    try:
+        from tablestore import AsyncOTSClient, NoRetryPolicy
+    except ImportError as error:
+        raise MissingExtra("the tablestore backend", "tablestore") from error
+    options = {
+        "retry_policy": NoRetryPolicy(),
+        "socket_timeout": (_CONNECT_TIMEOUT, _ANSWER_TIMEOUT),
+        "max_connection": 100,
+        **options,
+    }
+    if "credentials_provider" not in options:
+        options |= {
+            "access_key_id": _revealed(access_key_id),
+            "access_key_secret": _revealed(access_key_secret),
+            "sts_token": None if sts_token is None else _revealed(sts_token),
+        }
+    return AsyncOTSClient(
+        end_point,
+        instance_name=instance_name,
+        region=region,
+        **options,
+    )
+
+
+def _revealed(secret: str | SecretStr) -> str:
+    return secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+
+
+def meaning(code: str, message: str = "") -> JobError:
+    """The error that stands for what Tablestore says of a call, or of one row of it."""
+    # A table operation too many within a second; all other quotas are used up for good.
+    too_fast = code == "OTSQuotaExhausted" and "frequent" in message.lower()
+    if code in _PASSING or too_fast:
+        return BackendUnavailable(f"Tablestore answers {code}")
+    reason = f": {message[:_LONGEST_REASON]}" if message else ""
+    return BackendError(f"Tablestore refuses it, {code}{reason}")
+
+
+def is_code(error: BaseException, code: str) -> bool:
+    """Whether an error is the service's, of this code."""
+    from tablestore import OTSServiceError
+
+    return isinstance(error, OTSServiceError) and error.get_error_code() == code
+
+
+async def asking(call: Callable[[], Awaitable[T]], *, raw: tuple[str, ...] = ()) -> T:
+    """What Tablestore answers; `call` must bear being repeated.
+
+    Raises `BackendUnavailable` and `BackendError`; the SDK's own error where its code is in `raw`.
+    """
+    pause = _FIRST_PAUSE
+    for _ in range(_TRIES - 1):
+        try:
+            return await _once(call, raw)
+        except BackendUnavailable:
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  # spreads load
+            pause *= 3
+    return await _once(call, raw)
+
+
+async def _once(call: Callable[[], Awaitable[T]], raw: tuple[str, ...]) -> T:
+    import aiohttp
+    from tablestore import OTSClientError, OTSServiceError
+
+    try:
+        return await call()
+    except OTSServiceError as error:
+        code, status = error.get_error_code() or "", error.get_http_status() or 0
+        if code in raw:
+            raise
+        if status == 429 or status >= 500:
+            raise BackendUnavailable(f"Tablestore answers {status} {code}".rstrip()) from error
+        raise meaning(code, error.get_error_message() or "") from error
+    except OTSClientError as error:
+        # An answer that is not Tablestore's: of a proxy, or cut off. The service does not send it.
+        raise BackendUnavailable(
+            f"Tablestore's answer cannot be read: {str(error)[:_LONGEST_REASON]}"
+        ) from error
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise BackendUnavailable(
+            f"Tablestore cannot be reached ({type(error).__name__})"
+        ) from error

@@ -1,0 +1,395 @@
+"""The tablestore backend.
+
+Adds, lists and deletes go by the table, which is strongly consistent; only searches go by the
+search index. An add writes rows, then looks whether a deletion has come in the meantime, and takes
+back what it has written too late; readers go by the fence of the deletion and never see that. So a
+process may die, or be frozen, anywhere in between.
+
+With vectors, a row is written without one, and gets it in the second step (`index`), as do rows of
+full text that the index is yet to show.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from recallq.contract import Health, Scope
+from recallq.errors import BackendError, BackendUnavailable, ConfigurationError, JobError, MissingExtra
+from recallq.keys import escape
+from recallq_worker.backends.base import Added, Hit, Record
+from recallq_worker.backends.tablestore.client import create_tablestore_client
+from recallq_worker.backends.tablestore.index import SearchIndex
+from recallq_worker.backends.tablestore.rows import (
+    DIGEST,
+    EMBEDDED,
+    EPOCH,
+    FENCES,
+    ORDER,
+    POINTERS_AND_RECORDS,
+    RECORDS,
+    SESSION,
+    Columns,
+    Fences,
+    Key,
+    digest,
+    fence_place,
+    owner_of,
+    pointer_columns,
+    pointer_key,
+    read_record,
+    record_columns,
+    record_key,
+    searchable,
+)
+from recallq_worker.backends.tablestore.settings import TablestoreSettings
+from recallq_worker.backends.tablestore.table import (
+    Table,
+    Write,
+    both,
+    epoch_below,
+    has,
+    in_parts,
+)
+from recallq_worker.backends.tablestore.vectors import Vectors
+from recallq_worker.backends.tablestore.visibility import Watch
+from recallq_worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from tablestore import AsyncOTSClient, ColumnCondition
+
+_DELETED_AT_ONCE = 1000
+_ROUNDS = 10
+"""How often a row may change under a write before that counts as trouble."""
+
+
+class TablestoreStore:
+    """A `MemoryStore` in Tablestore."""
+
+    name: ClassVar[str] = "tablestore"
+    single_process: ClassVar[bool] = False
+    indexes = True
+
+    def __init__(
+        self,
+        settings: TablestoreSettings,
+        *,
+        vectors: Vectors | None = None,
+        tablestore_client: AsyncOTSClient | None = None,
+    ) -> None:
+        """`vectors` are needed for the strategy of that name. A `tablestore_client` that is given
+        is closed with the store."""
+        self._settings = settings
+        self._vectors = vectors
+        self._client = tablestore_client
+        self._table: Table
+        self._index: SearchIndex
+        self._watch: Watch
+
+    @classmethod
+    def from_settings(cls, settings: WorkerSettings) -> Self:
+        for name in ("store_ttl", "max_messages_per_session"):
+            if getattr(settings, name) is not None:
+                raise ConfigurationError(
+                    f"RECALLQ_{name.upper()} does not work with the tablestore backend, which "
+                    "keeps everything until it is deleted; unset it"
+                )
+        own = TablestoreSettings.load()
+        try:
+            import tablestore  # noqa: F401  # whether it can be
+        except ImportError as error:
+            raise MissingExtra("the tablestore backend", "tablestore") from error
+        vectors = None
+        if own.search_strategy == "vector":
+            vectors = Vectors.from_settings(settings, own)
+        return cls(own, vectors=vectors)
+
+    async def start(self) -> None:
+        settings = self._settings
+        if self._client is None:
+            self._client = create_tablestore_client(
+                settings.end_point,
+                settings.instance_name,
+                settings.access_key_id,
+                settings.access_key_secret,
+                settings.sts_token,
+                settings.region,
+            )
+        self._table = Table(self._client, settings.table_name)
+        dimension = None
+        if self._vectors is not None:
+            await self._vectors.start()
+            dimension = self._vectors.dimension
+        self._index = SearchIndex(self._table, settings, dimension)
+        self._watch = Watch(self._table, self._index)
+        await self._table.open()
+        await self._index.open()
+
+    async def stop(self) -> None:
+        if hasattr(self, "_watch"):
+            await self._watch.stop()
+        if self._vectors is not None:
+            await self._vectors.stop()
+        if self._client is not None:
+            await self._client.close()
+
+    # --- add ------------------------------------------------------------------------------------
+
+    async def add(self, records: Sequence[Record]) -> list[Added]:
+        # A record that comes twice at once is one, as if it had come twice in a row.
+        once = {(each.scope.tenant, each.scope.user_id, each.record_id): each for each in records}
+        distinct = list(once.values())
+        orders = await self._places(distinct, [each for each in distinct if not each.fixed])
+        rows = {
+            record_key(each, orders[at]): (
+                each,
+                record_columns(each, orders[at], self._settings.text_field),
+            )
+            for at, each in enumerate(distinct)
+        }
+        known = await self._insert({key: columns for key, (_, columns) in rows.items()})
+        fenced = await self._take_back({key: record for key, (record, _) in rows.items()})
+        added: dict[str, Added] = {}
+        for key, (record, _) in rows.items():
+            told = Added.KNOWN if key in known else Added.NEW
+            added[record.record_id] = Added.FENCED if key in fenced else told
+        answers = []
+        for record in records:
+            answers.append(added[record.record_id])
+            if added[record.record_id] is Added.NEW:
+                added[record.record_id] = Added.KNOWN
+        return answers
+
+    async def _places(self, records: Sequence[Record], movable: Sequence[Record]) -> list[int]:
+        """The order key of each record: of one that may have come before with another, the
+        first."""
+        known = await self._insert({pointer_key(each): pointer_columns(each) for each in movable})
+        return [
+            known[pointer_key(each)][ORDER] if pointer_key(each) in known else each.order
+            for each in records
+        ]
+
+    async def _insert(self, rows: dict[Key, Columns]) -> dict[Key, Columns]:
+        """Inserts rows; returns order and epoch of those that are there already.
+
+        These stay as they are, but for their epoch, which becomes the later of the two.
+        """
+        known: dict[Key, Columns] = {}
+        missing = dict(rows)
+        for _ in range(_ROUNDS):
+            writes = [Write(key, "insert", columns) for key, columns in missing.items()]
+            done = await self._table.write(writes)
+            there = [write.key for write, inserted in zip(writes, done, strict=True) if not inserted]
+            if not there:
+                return known
+            found = await self._table.read(there, [EPOCH, ORDER])
+            earlier = [key for key, columns in found.items() if columns[EPOCH] < rows[key][EPOCH]]
+            raised = await self._table.write(
+                [
+                    Write(key, "change", {EPOCH: rows[key][EPOCH]}, epoch_below(rows[key][EPOCH]))
+                    for key in earlier
+                ]
+            )
+            # Deleted in between, it is inserted; raised further in between, it will be found so.
+            again = {key for key, held in zip(earlier, raised, strict=True) if not held}
+            known |= {key: columns for key, columns in found.items() if key not in again}
+            missing = {key: rows[key] for key in there if key not in found or key in again}
+            if not missing:
+                return known
+        raise BackendUnavailable("rows in Tablestore change too fast to be written")
+
+    async def _take_back(self, rows: dict[Key, Record]) -> set[Key]:
+        """Removes rows that a deletion has fenced off, which may have come before they did."""
+        places = {
+            (key[0], place)
+            for key, record in rows.items()
+            for place in (fence_place(None), fence_place(record.scope.session_id))
+        }
+        fences = await self._table.read(places, [EPOCH])
+        fenced: set[Key] = set()
+        deletes: list[Write] = []
+        for key, record in rows.items():
+            places_of_it = (fence_place(None), fence_place(record.scope.session_id))
+            epochs = [fences[key[0], each][EPOCH] for each in places_of_it if (key[0], each) in fences]
+            fence = max(epochs, default=0)
+            if record.epoch < fence:
+                fenced.add(key)
+                deletes.append(Write(key, "delete", only_if=epoch_below(fence)))
+                if not record.fixed:
+                    pointer = pointer_key(record)
+                    deletes.append(Write(pointer, "delete", only_if=epoch_below(fence)))
+        await self._table.write(deletes)
+        return fenced
+
+    # --- the second step ------------------------------------------------------------------------
+
+    async def index(self, records: Sequence[Record]) -> Sequence[JobError | None]:
+        pointers = await self._table.read(
+            [pointer_key(each) for each in records if not each.fixed], [ORDER]
+        )
+        keys = [
+            record_key(each, pointers.get(pointer_key(each), {}).get(ORDER, each.order))
+            for each in records
+        ]
+        errors: list[JobError | None] = [None] * len(records)
+        texts = [searchable(each.message) for each in records]
+        there = list(dict.fromkeys(key for key, text in zip(keys, texts, strict=True) if text))
+        if self._vectors is not None:
+            errors, there = await self._embed(self._vectors, keys, texts)
+        await self._watch.shown(there)
+        return errors
+
+    async def _embed(
+        self, vectors: Vectors, keys: Sequence[Key], texts: Sequence[str]
+    ) -> tuple[list[JobError | None], list[Key]]:
+        """Gives rows their vectors; what each failed with, and which rows have one."""
+        errors: list[JobError | None] = [None] * len(keys)
+        found = await self._table.read(
+            [key for key, text in zip(keys, texts, strict=True) if text], [EPOCH, DIGEST, EMBEDDED]
+        )
+        embedded = [key for key, columns in found.items() if columns.get(EMBEDDED)]
+        # A row that holds another text, stored under the same key before, has its own add to see to
+        # it.
+        todo = {
+            key: at
+            for at, (key, text) in enumerate(zip(keys, texts, strict=True))
+            if key in found and not found[key].get(EMBEDDED) and found[key].get(DIGEST) == digest(text)
+        }
+        made = await vectors.of([texts[at] for at in todo.values()])
+        writes: list[Write] = []
+        for (key, at), vector in zip(todo.items(), made, strict=True):
+            if isinstance(vector, JobError):
+                errors[at] = vector
+                continue
+            columns = {self._settings.embedding_field: vector, EMBEDDED: 1}
+            writes.append(Write(key, "change", columns, has(DIGEST, digest(texts[at]))))
+        done = await self._table.write(writes)
+        embedded += [write.key for write, held in zip(writes, done, strict=True) if held]
+        return errors, embedded
+
+    # --- search, list ---------------------------------------------------------------------------
+
+    async def search(
+        self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
+    ) -> list[Hit]:
+        if self._vectors is None:
+            fences = await self._fences(scope)
+            found = await self._index.by_text(scope, query, fences, top_k)
+        else:
+            fences, vector = await asyncio.gather(
+                self._fences(scope), self._vectors.of_query(query)
+            )
+            found = await self._index.by_vector(scope, vector, fences, top_k, score_threshold)
+        hits = []
+        for each in found:
+            # A row that the index still knows has lost its columns.
+            if EPOCH not in each.columns or not fences.shows(each.columns):
+                continue
+            if score_threshold is None or each.score >= score_threshold:
+                hits.append(Hit(read_record(each.place, each.columns, scope), each.score))
+        hits.sort(key=lambda hit: (-hit.score, -hit.record.order, hit.record.record_id))
+        return hits
+
+    async def list(self, scope: Scope, *, offset: int, limit: int) -> list[Record]:
+        fences = await self._fences(scope)
+        owner, only = owner_of(scope.tenant, scope.user_id), _of_session(scope)
+        start = RECORDS[0]
+        if offset:
+            skipped = 0
+            rows = self._table.scan(owner, RECORDS, [EPOCH, SESSION], only_if=only)
+            async with aclosing(rows):
+                async for place, columns in rows:
+                    skipped += fences.shows(columns)
+                    if skipped > offset:
+                        start = place
+                        break
+                else:
+                    return []
+        page: list[Record] = []
+        rest = self._table.scan(
+            owner, (start, RECORDS[1]), only_if=only, at_once=max(limit, 1)
+        )
+        async with aclosing(rest):
+            async for place, columns in rest:
+                if fences.shows(columns):
+                    page.append(read_record(place, columns, scope))
+                if len(page) >= limit:
+                    break
+        return page
+
+    async def _fences(self, scope: Scope) -> Fences:
+        """What deletions have removed, or are about to."""
+        owner = owner_of(scope.tenant, scope.user_id)
+        whole, sessions = 0, {}
+        if scope.session_id is not None:
+            place = fence_place(scope.session_id)
+            found = await self._table.read([(owner, "f"), (owner, place)], [EPOCH])
+            rows = [(place, columns) for (_, place), columns in found.items()]
+        else:
+            rows = [row async for row in self._table.scan(owner, FENCES, [EPOCH])]
+        for place, columns in rows:
+            if place == "f":
+                whole = columns[EPOCH]
+            else:
+                sessions[place.removeprefix("f:")] = columns[EPOCH]
+        return Fences(whole, sessions)
+
+    # --- delete ---------------------------------------------------------------------------------
+
+    async def delete(self, scope: Scope, *, before_epoch: int) -> int:
+        before = await self._fences(scope)
+        owner = owner_of(scope.tenant, scope.user_id)
+        fence = (owner, fence_place(scope.session_id))
+        higher = epoch_below(before_epoch, or_missing=True)
+        await self._table.write([Write(fence, "upsert", {EPOCH: before_epoch}, higher)])
+        removed = 0
+        rows = self._table.scan(
+            owner,
+            POINTERS_AND_RECORDS,
+            [EPOCH, SESSION],
+            only_if=both(epoch_below(before_epoch), _of_session(scope)),
+        )
+        async with aclosing(in_parts(rows, _DELETED_AT_ONCE)) as parts:
+            async for some in parts:
+                writes = [
+                    Write((owner, place), "delete", only_if=epoch_below(before_epoch))
+                    for place, _ in some
+                ]
+                done = await self._table.write(writes)
+                removed += sum(
+                    held and place >= RECORDS[0] and before.shows(columns)
+                    for (place, columns), held in zip(some, done, strict=True)
+                )
+        if scope.session_id is None:
+            await self._forget_fences(owner, before, before_epoch)
+        return removed
+
+    async def _forget_fences(self, owner: str, fences: Fences, epoch: int) -> None:
+        """Removes fences of sessions that say no more than the user's own."""
+        old = [name for name, each in fences.sessions.items() if each <= epoch]
+        await self._table.write(
+            [
+                Write((owner, f"f:{name}"), "delete", only_if=epoch_below(epoch + 1))
+                for name in old
+            ]
+        )
+
+    # --- health ---------------------------------------------------------------------------------
+
+    async def health(self) -> Health:
+        where = f"table {self._settings.table_name}, {self._settings.search_strategy} search"
+        try:
+            await self._table.ping()
+        except (BackendError, BackendUnavailable) as error:
+            return Health(ok=False, backend=self.name, detail=str(error))
+        except Exception as error:  # noqa: BLE001  # health never raises
+            return Health(ok=False, backend=self.name, detail=type(error).__name__)
+        if self._vectors is not None:
+            where += f"; {self._vectors.usage()}"
+        return Health(ok=True, backend=self.name, detail=where)
+
+
+def _of_session(scope: Scope) -> ColumnCondition | None:
+    return None if scope.session_id is None else has(SESSION, escape(scope.session_id))
