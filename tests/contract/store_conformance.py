@@ -145,7 +145,7 @@ class StoreConformance(ABC):
         found = await store.list(Scope("default", user), offset=0, limit=100)
         assert sorted(map(int, texts(found))) == list(range(50))
 
-    # --- search ------------------------------------------------------------------------------------
+    # --- search -----------------------------------------------------------------------------------
 
     async def test_searches_one_session_or_all(self, store: MemoryStore, user: str) -> None:
         await self.stored(store, [record(user, "tea here"), record(user, "tea there", session="t")])

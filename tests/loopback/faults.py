@@ -30,7 +30,7 @@ class Received:
     at: float
     """When, in `time.monotonic()` seconds."""
     raw: bytes = field(default=b"", repr=False)
-    """The body as it came."""
+    """The body as it came, until it is answered."""
     status: int | None = None
     """What it was answered; None while it runs, and for good if it never was."""
 

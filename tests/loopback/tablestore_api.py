@@ -11,8 +11,6 @@ is silent, this server does what is harder on a client.
 
 from __future__ import annotations
 
-import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -26,14 +24,11 @@ from tests.loopback.faults import Fault, HttpFailure, Received
 from tests.loopback.server import RECEIVED, LoopbackServer
 from tests.loopback.tablestore_batches import RowFault, RowPredicate, Rows
 from tests.loopback.tablestore_errors import STATUS, error_bytes, failure, invalid
-from tests.loopback.tablestore_index import SearchIndex
+from tests.loopback.tablestore_instance import Instance
 from tests.loopback.tablestore_rows import Key, Row, Value, make_cell
-from tests.loopback.tablestore_search import search
 from tests.loopback.tablestore_signatures import Credentials
-from tests.loopback.tablestore_tables import Table, now_ms
+from tests.loopback.tablestore_tables import now_ms
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
-_TABLES = 64
 _WRITES = ("PutRow", "UpdateRow", "DeleteRow", "BatchWriteRow")
 _READS = ("GetRow", "BatchGetRow", "GetRange")
 
@@ -43,8 +38,12 @@ KeyLike = Mapping[str, Value] | tuple[Value, ...] | Value
 _T = TypeVar("_T")
 
 
-class TablestoreServer(LoopbackServer):
-    """``with TablestoreServer() as server: OTSClient(server.url, server.access_key_id, ...)``"""
+class TablestoreServer(LoopbackServer, Instance):
+    """``with TablestoreServer() as server: OTSClient(server.url, server.access_key_id, ...)``
+
+    The `body` of its `requests` is the protobuf message of the action, and their paths are
+    ``/PutRow`` and so on, which is what faults, holds and latencies are asked for by.
+    """
 
     def __init__(
         self,
@@ -58,22 +57,15 @@ class TablestoreServer(LoopbackServer):
         index_build_time: float = 0.0,
         port: int = 0,
     ) -> None:
-        super().__init__(port=port)
+        LoopbackServer.__init__(self, port=port)
+        Instance.__init__(self, index_lag=index_lag, index_build_time=index_build_time)
         self.instance_name = instance_name
         self.access_key_id = access_key_id
         self.access_key_secret = access_key_secret
         self.sts_token = sts_token
         self.region = region
-        self.index_lag = index_lag
-        """Seconds until the search indexes see what is written from now on."""
-        self.index_build_time = index_build_time
-        """Seconds in which a new index cannot be searched."""
-        self.table_ready_time = 0.0
-        """Seconds in which the rows of a new table cannot be reached."""
         self.keep_bodies = True
         """Whether `requests` keep their messages; not, in tests that make very many."""
-        self._tables: dict[str, Table] = {}
-        self._indexes: dict[tuple[str, str], SearchIndex] = {}
         self._rows = Rows(self._ready_table)
         pb, search_pb = table_store_pb2, search_pb2
         self._actions: dict[str, tuple[Any, Callable[[Any], Any]]] = {
@@ -180,7 +172,7 @@ class TablestoreServer(LoopbackServer):
     def seed(
         self, table: str, rows: Iterable[tuple[KeyLike, Mapping[str, Value]]], *, lag: bool = False
     ) -> None:
-        """Puts rows into a table, and without `lag` into its indexes at the same time."""
+        """Puts rows into a table; without `lag`, its indexes see them at the same time."""
 
         def put() -> None:
             target = self._tables[table]
@@ -188,10 +180,8 @@ class TablestoreServer(LoopbackServer):
             for key, columns in rows:
                 cells = {name: make_cell(name, value, now) for name, value in columns.items()}
                 target.store(target.key_from(key), cells)
-            if not lag:
-                self._catch_up_all()
 
-        self._on_loop(put)
+        self._on_loop(put if lag else lambda: self._at_once(put))
 
     def remove(self, table: str, keys: Iterable[KeyLike], *, lag: bool = False) -> None:
         """Deletes rows, as somebody else would."""
@@ -200,19 +190,12 @@ class TablestoreServer(LoopbackServer):
             target = self._tables[table]
             for key in keys:
                 target.remove(target.key_from(key))
-            if not lag:
-                self._catch_up_all()
 
-        self._on_loop(delete)
+        self._on_loop(delete if lag else lambda: self._at_once(delete))
 
     def sync_indexes(self) -> None:
         """Lets all indexes catch up with their tables at once."""
         self._on_loop(self._catch_up_all)
-
-    def _catch_up_all(self) -> None:
-        for index in self._indexes.values():
-            index.ready_at = min(index.ready_at, time.monotonic())
-            index.catch_up(float("inf"))
 
     def fail_with(
         self,
@@ -250,7 +233,7 @@ class TablestoreServer(LoopbackServer):
         self._rows.faults.clear()
 
     def _on_loop(self, call: Callable[[], _T]) -> _T:
-        """What `call` returns, run where state may change."""
+        """What `call` returns, run where state may change. It blocks until then."""
         result: Future[_T] = Future()
 
         def run() -> None:
@@ -294,9 +277,9 @@ class TablestoreServer(LoopbackServer):
         return error_bytes(failure)
 
     def finish(self, request: Received, response: web.Response) -> None:
-        body = response.body if isinstance(response.body, bytes) else b""
-        response.headers.update(self._credentials.answer_headers(request, body))
-        request.raw = b""
+        if response.content_type != "text/html":  # which would be the page of a gateway
+            body = response.body if isinstance(response.body, bytes) else b""
+            response.headers.update(self._credentials.answer_headers(request, body))
         if not self.keep_bodies:
             request.body = None
 
@@ -315,146 +298,6 @@ class TablestoreServer(LoopbackServer):
         return web.Response(
             body=answer if isinstance(answer, bytes) else answer.SerializeToString()
         )
-
-    # --- tables ---------------------------------------------------------------------------------
-
-    def _table(self, name: str) -> Table:
-        table = self._tables.get(name)
-        if table is None:
-            raise failure("OTSObjectNotExist")
-        return table
-
-    def _ready_table(self, name: str) -> Table:
-        table = self._table(name)
-        if time.monotonic() < table.created_at + self.table_ready_time:
-            raise failure("OTSTableNotReady")
-        return table
-
-    def _list_table(self, request: Any) -> Any:
-        return table_store_pb2.ListTableResponse(table_names=sorted(self._tables))
-
-    def _create_table(self, request: Any) -> Any:
-        meta = request.table_meta
-        if not _NAME.fullmatch(meta.table_name):
-            raise invalid(f"Invalid table name: '{meta.table_name}'.")
-        if not 1 <= len(meta.primary_key) <= 4:
-            raise invalid("The number of primary key columns must be in range: [1, 4].")
-        names = Counter(each.name for each in meta.primary_key)
-        for each in meta.primary_key:
-            if not _NAME.fullmatch(each.name):
-                raise invalid(f"Invalid column name: '{each.name}'.")
-            if names[each.name] > 1:
-                raise invalid(f"Duplicated primary key name: '{each.name}'.")
-            if each.type == table_store_pb2.PK_BOOLEAN:
-                raise invalid("BOOLEAN is an invalid type for the primary key.")
-            if each.HasField("option"):
-                raise invalid(f"Auto increment pk is not known here, name: {each.name}.")
-        if meta.table_name in self._tables:
-            raise failure("OTSObjectAlreadyExist")
-        if len(self._tables) >= _TABLES:
-            raise failure("OTSQuotaExhausted", "Number of tables exceeded the quota.")
-        self._tables[meta.table_name] = Table(
-            meta, request.table_options, request.reserved_throughput
-        )
-        return table_store_pb2.CreateTableResponse()
-
-    def _describe_table(self, request: Any) -> Any:
-        table = self._table(request.table_name)
-        response = table_store_pb2.DescribeTableResponse(
-            table_meta=table.meta, table_options=table.options
-        )
-        details = response.reserved_throughput_details
-        details.capacity_unit.CopyFrom(table.throughput.capacity_unit)
-        details.last_increase_time = int(time.time())
-        response.sse_details.enable = False
-        return response
-
-    def _update_table(self, request: Any) -> Any:
-        table = self._table(request.table_name)
-        table.options.MergeFrom(request.table_options)
-        table.throughput.capacity_unit.MergeFrom(request.reserved_throughput.capacity_unit)
-        response = table_store_pb2.UpdateTableResponse(table_options=table.options)
-        details = response.reserved_throughput_details
-        details.capacity_unit.CopyFrom(table.throughput.capacity_unit)
-        details.last_increase_time = int(time.time())
-        return response
-
-    def _delete_table(self, request: Any) -> Any:
-        self._table(request.table_name)
-        if any(table == request.table_name for table, _ in self._indexes):
-            raise invalid(
-                f"Table[{request.table_name}] who has at least one search index cannot be deleted."
-            )
-        del self._tables[request.table_name]
-        return table_store_pb2.DeleteTableResponse()
-
-    # --- search indexes -------------------------------------------------------------------------
-
-    def _current_index(self, table: str, name: str) -> SearchIndex:
-        """The index, with all in it that it sees by now."""
-        self._table(table)
-        index = self._indexes.get((table, name))
-        if index is None:
-            raise failure("OTSObjectNotExist", f"index [{table}, {name}] does not exist")
-        index.catch_up(time.monotonic())
-        return index
-
-    def _create_index(self, request: Any) -> Any:
-        table = self._table(request.table_name)
-        if not _NAME.fullmatch(request.index_name):
-            raise invalid(f"Invalid index name: '{request.index_name}'.")
-        if (table.name, request.index_name) in self._indexes:
-            raise failure("OTSObjectAlreadyExist", "Requested index already exists.")
-        index = SearchIndex(table, request.index_name, request.schema, request.time_to_live)
-        index.ready_at += self.index_build_time
-
-        def follow(key: Key, row: Row | None) -> None:
-            index.expect(time.monotonic() + self.index_lag, key, row)
-
-        for key, row in table.rows.items():
-            index.expect(index.ready_at + self.index_lag, key, row)
-        table.on_change.append(follow)
-        index.stop_following = lambda: table.on_change.remove(follow)
-        self._indexes[table.name, index.name] = index
-        return search_pb2.CreateSearchIndexResponse()
-
-    def _update_index(self, request: Any) -> Any:
-        index = self._current_index(request.table_name, request.index_name)
-        if request.HasField("time_to_live"):
-            index.time_to_live = request.time_to_live
-        return search_pb2.UpdateSearchIndexResponse()
-
-    def _describe_index(self, request: Any) -> Any:
-        index = self._current_index(request.table_name, request.index_name)
-        response = search_pb2.DescribeSearchIndexResponse(
-            schema=index.schema, create_time=index.created_at, time_to_live=index.time_to_live
-        )
-        if request.include_sync_stat:
-            building = time.monotonic() < index.ready_at
-            response.sync_stat.sync_phase = search_pb2.FULL if building else search_pb2.INCR
-            response.sync_stat.current_sync_timestamp = 0 if building else time.time_ns() // 1000
-        return response
-
-    def _list_index(self, request: Any) -> Any:
-        if request.table_name:
-            self._table(request.table_name)
-        response = search_pb2.ListSearchIndexResponse()
-        for table, index in sorted(self._indexes):
-            if request.table_name in ("", table):
-                response.indices.add(table_name=table, index_name=index)
-        return response
-
-    def _delete_index(self, request: Any) -> Any:
-        index = self._current_index(request.table_name, request.index_name)
-        index.stop_following()
-        del self._indexes[request.table_name, request.index_name]
-        return search_pb2.DeleteSearchIndexResponse()
-
-    def _search(self, request: Any) -> bytes:
-        index = self._current_index(request.table_name, request.index_name)
-        if time.monotonic() < index.ready_at:
-            raise invalid("Disallow read index table in building base state")
-        return search(index, request)
 
 
 def _columns(row: Row) -> dict[str, Value]:

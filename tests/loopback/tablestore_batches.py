@@ -211,15 +211,23 @@ class Rows:
 
 def selection_of(request: Any) -> Selection:
     """The columns and the filter of a read."""
-    if not request.HasField("max_versions") and not request.HasField("time_range"):
+    for name in ("time_range", "start_column", "end_column", "token", "transaction_id"):
+        if name in request.DESCRIPTOR.fields_by_name and _is_given(request, name):
+            raise invalid(f"{name} is not known here")
+    if not request.HasField("max_versions"):
         raise invalid("No version condition is specified while querying row.")
-    if request.HasField("max_versions") and request.max_versions <= 0:
+    if request.max_versions <= 0:
         raise invalid(
             f"Invalid max versions: {request.max_versions}. Reason: Max versions must be positive."
         )
     names = frozenset(request.columns_to_get) if request.columns_to_get else None
     condition = read_condition(request.filter) if request.HasField("filter") else None
     return Selection(names, condition)
+
+
+def _is_given(request: Any, name: str) -> bool:
+    value = getattr(request, name)
+    return any(value) if name == "token" else request.HasField(name)
 
 
 def check_write(table: Table, kind: int, wire: WireRow) -> None:

@@ -110,7 +110,7 @@ class SearchIndex:
         name = schema.field_name
         if not name or name in self.fields:
             raise invalid(f"duplicated or empty field name: [{name}]")
-        if schema.field_type not in (*_PLAIN, pb.VECTOR, pb.DATE):
+        if schema.field_type not in (*_PLAIN, pb.VECTOR):
             raise invalid(f"field [{name}]: this type is not known here")
         if not schema.HasField("index"):
             schema.index = True
@@ -138,10 +138,12 @@ class SearchIndex:
             if row is not None:
                 self._learn(row)
 
-    @property
-    def pending(self) -> int:
-        """Changes that are still to come."""
-        return len(self._coming)
+    def see(self, key: Key, row: Row | None) -> None:
+        """Takes in a change ahead of all others; older ones of the row are no longer news."""
+        self._coming = deque(each for each in self._coming if each[1] != key)
+        self._forget(key)
+        if row is not None:
+            self._learn(row)
 
     def _learn(self, row: Row) -> None:
         try:
@@ -205,15 +207,11 @@ def _plain_values(value: Value, schema: Any) -> tuple[Plain, ...]:
 
 
 def _plain(value: Any, schema: Any) -> Plain:
-    if schema.field_type == pb.DATE:
-        if type(value) not in (int, str):
-            raise DirtyData
-        return value  # type: ignore[no-any-return]
-    if type(value) is not _PLAIN[schema.field_type]:
+    if not isinstance(value, Plain) or type(value) is not _PLAIN[schema.field_type]:
         raise DirtyData
-    if schema.field_type == pb.KEYWORD and len(value.encode()) > KEYWORD_BYTES:
+    if schema.field_type == pb.KEYWORD and len(str(value).encode()) > KEYWORD_BYTES:
         raise DirtyData
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _vector(value: Value, dimension: int) -> Vector:

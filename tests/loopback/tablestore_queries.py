@@ -96,8 +96,6 @@ class Searcher:
                 return float(value)
             if kind == pb.BOOLEAN and isinstance(value, bool):
                 return value
-            if kind == pb.DATE and isinstance(value, int | str):
-                return value
         except ValueError:
             pass
         raise invalid(f"value of field [{schema.field_name}] is of another type than the field")
@@ -109,7 +107,10 @@ class Searcher:
 
     def _term(self, query: Any) -> Hits:
         schema = self._scalar(query.field_name)
-        return self._holders(schema, [self._value(query.term, schema)], _weight(query))
+        value = self._value(query.term, schema)
+        if schema.field_type == pb.TEXT:
+            return _sum([self._scored(schema.field_name, str(value))], 1, _weight(query))
+        return self._holders(schema, [value], _weight(query))
 
     def _terms(self, query: Any) -> Hits:
         schema = self._scalar(query.field_name)

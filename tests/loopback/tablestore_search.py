@@ -23,7 +23,7 @@ INDEX_LIMIT = 1000
 """Rows in an answer that comes from the index alone."""
 WINDOW = 100_000
 
-_SORTABLE = (pb.LONG, pb.DOUBLE, pb.BOOLEAN, pb.KEYWORD, pb.DATE)
+_SORTABLE = (pb.LONG, pb.DOUBLE, pb.BOOLEAN, pb.KEYWORD)
 
 Rank = tuple[Any, ...]
 """What a hit is sorted by: by each sorter, and by its key at last."""
@@ -175,7 +175,7 @@ def _after(ordered: list[Hit], orders: list[Order], token: bytes) -> list[Hit]:
             (at for at, hit in enumerate(ordered) if _is_after(_rank(hit, orders), rank, orders)),
             len(ordered),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise invalid("invalid next_token") from error
     return ordered[start:]
 

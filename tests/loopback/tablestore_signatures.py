@@ -11,10 +11,11 @@ import base64
 import hashlib
 import hmac
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from typing import Any
 
 from tests.loopback.faults import Received
 from tests.loopback.tablestore_errors import failure, invalid
@@ -69,7 +70,7 @@ class Credentials:
         text = f"{request.path}\n{request.method}\n\n{_lines(headers, {_V2, _V4})}\n"
         if _V4 in headers:
             self._check_day_and_region(headers)
-            digest = hashlib.sha256
+            digest: Callable[[], Any] = hashlib.sha256
             text, given = text + "ots", headers[_V4]
         else:
             digest = hashlib.sha1
@@ -135,8 +136,8 @@ def _lines(headers: Mapping[str, str], without: set[str]) -> str:
     )
 
 
-def _hmac(key: bytes, text: str, digest: object) -> str:
-    signature = hmac.new(key, text.encode(), digest)  # type: ignore[arg-type]
+def _hmac(key: bytes, text: str, digest: Callable[[], Any]) -> str:
+    signature = hmac.new(key, text.encode(), digest)
     return base64.b64encode(signature.digest()).decode()
 
 

@@ -4,7 +4,8 @@
 punctuation, in lower case. ``max_word`` needs the service's dictionary; instead, a text counts with
 its Chinese characters and all pairs of neighbours, and a query with the pairs only, or with a
 character that stands alone. On the examples in the tests of the official SDK this finds the same,
-but for queries that want all words: pairs across two words are wanted too.
+but for queries that want all words: pairs across two words are wanted too. ``min_word`` is taken
+for the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tablestore backend: messages in Alibaba Cloud Tablestore, found by full text or by vectors."""
+"""The tablestore backend: messages in Alibaba Cloud Tablestore, found by words or by vectors."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ again a few times within a second, and beyond that the job is, which survives th
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_QUIET = logging.getLogger("recallq_worker.tablestore_sdk")
+"""The SDK logs every refusal as an error, those that are expected too."""
+_QUIET.setLevel(logging.CRITICAL)
 _CONNECT_TIMEOUT = 5.0
 _ANSWER_TIMEOUT = 20.0
 _TRIES = 4
@@ -69,6 +73,7 @@ def create_tablestore_client(
         "retry_policy": NoRetryPolicy(),
         "socket_timeout": (_CONNECT_TIMEOUT, _ANSWER_TIMEOUT),
         "max_connection": 100,
+        "logger_name": _QUIET.name,
         **options,
     }
     if "credentials_provider" not in options:

@@ -268,4 +268,4 @@ def ots_name(metric: Any) -> str:
     """A metric as the settings call it."""
     import tablestore as ots
 
-    return ots.VectorMetricType(metric).name.removeprefix("VM_").lower()
+    return str(ots.VectorMetricType(metric).name).removeprefix("VM_").lower()

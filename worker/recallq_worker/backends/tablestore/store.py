@@ -17,7 +17,12 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from recallq.contract import Health, Scope
-from recallq.errors import BackendError, BackendUnavailable, ConfigurationError, JobError, MissingExtra
+from recallq.errors import (
+    BackendUnavailable,
+    ConfigurationError,
+    JobError,
+    MissingExtra,
+)
 from recallq.keys import escape
 from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.tablestore.client import create_tablestore_client
@@ -181,7 +186,9 @@ class TablestoreStore:
         for _ in range(_ROUNDS):
             writes = [Write(key, "insert", columns) for key, columns in missing.items()]
             done = await self._table.write(writes)
-            there = [write.key for write, inserted in zip(writes, done, strict=True) if not inserted]
+            there = [
+                write.key for write, inserted in zip(writes, done, strict=True) if not inserted
+            ]
             if not there:
                 return known
             found = await self._table.read(there, [EPOCH, ORDER])
@@ -212,7 +219,9 @@ class TablestoreStore:
         deletes: list[Write] = []
         for key, record in rows.items():
             places_of_it = (fence_place(None), fence_place(record.scope.session_id))
-            epochs = [fences[key[0], each][EPOCH] for each in places_of_it if (key[0], each) in fences]
+            epochs = [
+                fences[key[0], each][EPOCH] for each in places_of_it if (key[0], each) in fences
+            ]
             fence = max(epochs, default=0)
             if record.epoch < fence:
                 fenced.add(key)
@@ -255,7 +264,9 @@ class TablestoreStore:
         todo = {
             key: at
             for at, (key, text) in enumerate(zip(keys, texts, strict=True))
-            if key in found and not found[key].get(EMBEDDED) and found[key].get(DIGEST) == digest(text)
+            if key in found
+            and not found[key].get(EMBEDDED)
+            and found[key].get(DIGEST) == digest(text)
         }
         made = await vectors.of([texts[at] for at in todo.values()])
         writes: list[Write] = []
@@ -308,9 +319,7 @@ class TablestoreStore:
                 else:
                     return []
         page: list[Record] = []
-        rest = self._table.scan(
-            owner, (start, RECORDS[1]), only_if=only, at_once=max(limit, 1)
-        )
+        rest = self._table.scan(owner, (start, RECORDS[1]), only_if=only, at_once=max(limit, 1))
         async with aclosing(rest):
             async for place, columns in rest:
                 if fences.shows(columns):
@@ -370,25 +379,26 @@ class TablestoreStore:
         """Removes fences of sessions that say no more than the user's own."""
         old = [name for name, each in fences.sessions.items() if each <= epoch]
         await self._table.write(
-            [
-                Write((owner, f"f:{name}"), "delete", only_if=epoch_below(epoch + 1))
-                for name in old
-            ]
+            [Write((owner, f"f:{name}"), "delete", only_if=epoch_below(epoch + 1)) for name in old]
         )
 
     # --- health ---------------------------------------------------------------------------------
 
     async def health(self) -> Health:
-        where = f"table {self._settings.table_name}, {self._settings.search_strategy} search"
+        detail = f"table {self._settings.table_name}, {self._settings.search_strategy} search"
         try:
             await self._table.ping()
-        except (BackendError, BackendUnavailable) as error:
+            if self._vectors is not None:
+                model, usage = await self._vectors.check(), self._vectors.usage()
+                detail += (
+                    f" with {model}; since its start this process embedded {usage.texts:,} texts "
+                    f"in {usage.requests:,} requests, {usage.tokens_used:,} tokens"
+                )
+        except JobError as error:
             return Health(ok=False, backend=self.name, detail=str(error))
         except Exception as error:  # noqa: BLE001  # health never raises
             return Health(ok=False, backend=self.name, detail=type(error).__name__)
-        if self._vectors is not None:
-            where += f"; {self._vectors.usage()}"
-        return Health(ok=True, backend=self.name, detail=where)
+        return Health(ok=True, backend=self.name, detail=detail)
 
 
 def _of_session(scope: Scope) -> ColumnCondition | None:

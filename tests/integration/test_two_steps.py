@@ -1,0 +1,160 @@
+"""Adds that are stored first and searchable later: what callers see, and what a kill leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from recallq import JobHandle, JobState, JobTimeout, MemoryClient
+from tests.loopback.tablestore_api import TablestoreServer
+from tests.support import Worker, eventually
+
+StartWorker = Callable[..., Worker]
+
+LAG = 3.0
+
+
+@pytest.fixture
+def tables() -> Iterator[TablestoreServer]:
+    with TablestoreServer(index_lag=LAG) as server:
+        yield server
+
+
+def configured(server: TablestoreServer) -> dict[str, Any]:
+    return {
+        "backend": "tablestore",
+        "tablestore_end_point": server.url,
+        "tablestore_instance_name": server.instance_name,
+        "tablestore_access_key_id": server.access_key_id,
+        "tablestore_access_key_secret": server.access_key_secret,
+    }
+
+
+@pytest.fixture
+async def client(redis_url: str, namespace: str) -> AsyncIterator[MemoryClient]:
+    async with MemoryClient(redis_url, namespace=namespace) as memory:
+        yield memory
+
+
+@pytest.fixture
+async def worker(start_worker: StartWorker, tables: TablestoreServer) -> Worker:
+    return await asyncio.to_thread(lambda: start_worker(**configured(tables)))
+
+
+async def listed(client: MemoryClient, user: str) -> list[str]:
+    return [each.text for each in await client.list_memory(user, {"page_size": 100})]
+
+
+async def found(client: MemoryClient, user: str, query: str) -> list[str]:
+    return [each.text for each in await client.search_memory(user, query)]
+
+
+async def state(handle: JobHandle, wanted: JobState) -> None:
+    async def reached() -> bool:
+        return await handle.status() is wanted
+
+    await eventually(reached)
+
+
+async def test_an_add_returns_when_searches_find_it(client: MemoryClient, worker: Worker) -> None:
+    added = await client.add_memory("ann", ["green tea", "black tea"])
+    assert added.added == 2
+    assert len(await found(client, "ann", "tea")) == 2
+
+
+async def test_or_as_soon_as_it_is_stored(client: MemoryClient, worker: Worker) -> None:
+    added = await client.add_memory("ann", "green tea", wait="stored")
+    assert added.added == 1
+    assert await listed(client, "ann") == ["green tea"]
+
+    async def searchable() -> bool:
+        return await found(client, "ann", "tea") == ["green tea"]
+
+    await eventually(searchable)
+
+
+async def test_a_handle_tells_both(client: MemoryClient, worker: Worker) -> None:
+    handle = await client.submit_add("ann", "green tea")
+    early = await handle.result(20, wait="stored")
+    assert await listed(client, "ann") == ["green tea"]
+    assert await handle.status() is JobState.STORED
+    assert not await handle.cancel()
+    assert await handle.result(20) == early
+    assert await handle.status() is JobState.SUCCEEDED
+    assert await found(client, "ann", "tea") == ["green tea"]
+    assert await handle.result(20, wait="stored") == early
+
+
+async def test_another_client_sees_it_as_well(
+    client: MemoryClient, worker: Worker, redis_url: str, namespace: str
+) -> None:
+    handle = await client.submit_add("ann", "green tea")
+    async with MemoryClient(redis_url, namespace=namespace, wait="stored") as other:
+        theirs = other.handle(handle.id)
+        assert (await theirs.result(20)).added == 1
+        assert await theirs.status() is JobState.STORED
+        assert (await theirs.result(20, wait="searchable")).added == 1
+
+
+async def test_who_gives_up_waiting_is_told_that_it_is_stored(
+    client: MemoryClient, worker: Worker
+) -> None:
+    with pytest.raises(JobTimeout, match="stored, and will be searchable later"):
+        await client.add_memory("ann", "green tea", timeout=1.5)
+
+    async def searchable() -> bool:
+        return await found(client, "ann", "tea") == ["green tea"]
+
+    await eventually(searchable)
+
+
+async def test_a_delete_in_between(client: MemoryClient, worker: Worker) -> None:
+    handle = await client.submit_add("ann", "green tea")
+    await handle.result(20, wait="stored")
+    assert (await client.delete_memory("ann")).removed == 1
+    assert await listed(client, "ann") == []
+    assert (await handle.result(20)).added == 1
+    await asyncio.sleep(LAG)
+    assert await found(client, "ann", "tea") == []
+
+
+@pytest.mark.parametrize("how", [Worker.kill, Worker.stop])
+async def test_a_worker_that_dies_in_between(
+    client: MemoryClient,
+    worker: Worker,
+    start_worker: StartWorker,
+    tables: TablestoreServer,
+    how: Callable[[Worker], None],
+) -> None:
+    handles = [await client.submit_add(f"user-{n % 5}", f"tea {n}") for n in range(20)]
+    await asyncio.gather(*(each.result(20, wait="stored") for each in handles))
+    await asyncio.to_thread(how, worker)
+    await asyncio.to_thread(lambda: start_worker(**configured(tables)))
+    results = await asyncio.gather(*(each.result(60) for each in handles))
+    assert [each.added for each in results] == [1] * 20
+    for user in range(5):
+        mine = [f"tea {n}" for n in range(user, 20, 5)]
+        assert await listed(client, f"user-{user}") == mine
+        assert sorted(await found(client, f"user-{user}", "tea")) == sorted(mine)
+
+
+async def test_the_same_add_twice(client: MemoryClient, worker: Worker) -> None:
+    together = await asyncio.gather(
+        *(client.add_memory("ann", "green tea", idempotency_key="k") for _ in range(3))
+    )
+    assert sum(each.added for each in together) == 1
+    assert (await client.add_memory("ann", "green tea", idempotency_key="k")).added == 0
+    assert await listed(client, "ann") == ["green tea"]
+    await client.delete_memory("ann")
+    assert (await client.add_memory("ann", "green tea", idempotency_key="k")).added == 1
+    assert await found(client, "ann", "tea") == ["green tea"]
+
+
+async def test_many_users_wait_side_by_side(client: MemoryClient, worker: Worker) -> None:
+    """For the lag of the search index once, not once each."""
+    began = asyncio.get_running_loop().time()
+    await asyncio.gather(*(client.add_memory(f"u{n}", f"tea {n}") for n in range(200)))
+    assert asyncio.get_running_loop().time() - began < 20 * LAG
