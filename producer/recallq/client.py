@@ -356,9 +356,11 @@ class MemoryClient:
         """
         return JobHandle(self, job_id)
 
-    def value_of(self, outcome: Outcome, job_id: str) -> Any:
-        """A settled job's value as callers see it; raises the error of one that failed."""
-        if outcome.state not in (JobState.SUCCEEDED, JobState.STORED):
+    def value_of(self, outcome: Outcome, job_id: str, *, early: bool = False) -> Any:
+        """A settled job's value as callers see it; raises the error of one that failed, unless it
+        is `early` enough for them that it was stored."""
+        kept = outcome.state in (JobState.SUCCEEDED, JobState.STORED)
+        if not kept and not (early and outcome.operation is Operation.ADD and outcome.result):
             raise from_wire(outcome.error or {}, job_id=job_id)
         result = outcome.result or {}
         match outcome.operation:
@@ -409,7 +411,7 @@ class MemoryClient:
         finally:
             if draft is not None and draft.outcome is not None:
                 draft.outcome.cancel()  # nobody waits any longer
-        return self.value_of(outcome, request.job.id)
+        return self.value_of(outcome, request.job.id, early=early)
 
     async def _submit(self, request: Request) -> JobHandle:
         """Sends a job and returns once it is accepted."""

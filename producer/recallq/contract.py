@@ -393,6 +393,7 @@ class Outcome(BaseModel):
 
     state: JobState
     result: dict[str, Any] | None = None
+    """Of an add that failed after it was stored: what storing it came to."""
     error: dict[str, Any] | None = None
     operation: Operation | None = None
     """Not sent with each outcome: the reader takes it over from the batch result."""

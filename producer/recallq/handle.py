@@ -65,7 +65,7 @@ class JobHandle:
                 f"job {self.id} has not settled within {timeout} s; it goes on",
                 job_id=self.id,
             ) from None
-        return self._client.value_of(outcome, self.id)
+        return self._client.value_of(outcome, self.id, early=early)
 
     async def cancel(self) -> bool:
         """Cancels the job if it is queued; says whether it did.

@@ -115,6 +115,10 @@ class Keys:
         """Set: the ids of a user's dead letters."""
         return f"{self.namespace}:deadof:{self.user_tag(tenant, user_id)}"
 
+    def batch_tag(self, batch_id: str) -> str:
+        """``{batch}``, which is no user's: theirs have a slash in them."""
+        return f"{{{batch_id}}}"
+
     def user_tag(self, tenant: str, user_id: str) -> str:
         """``{tenant/user}``: the hash tag that all keys of one user share."""
         return f"{{{escape(tenant)}/{escape(user_id)}}}"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from recallq import JobHandle, JobState, JobTimeout, MemoryClient
+from recallq import BackendError, JobHandle, JobState, JobTimeout, MemoryClient
+from tests.loopback.dashscope_api import DashScopeServer
 from tests.loopback.tablestore_api import TablestoreServer
 from tests.support import Worker, eventually
 
@@ -42,6 +43,23 @@ async def client(redis_url: str, namespace: str) -> AsyncIterator[MemoryClient]:
 @pytest.fixture
 async def worker(start_worker: StartWorker, tables: TablestoreServer) -> Worker:
     return await asyncio.to_thread(lambda: start_worker(**configured(tables)))
+
+
+@pytest.fixture
+def embeddings() -> Iterator[DashScopeServer]:
+    with DashScopeServer() as server:
+        yield server
+
+
+def by_vector(tables: TablestoreServer, embeddings: DashScopeServer) -> dict[str, Any]:
+    return configured(tables) | {
+        "tablestore_search_strategy": "vector",
+        "embedding_provider": "dashscope",
+        "embedding_api_key": embeddings.api_key,
+        "embedding_base_url": embeddings.base_url,
+        "embedding_dimensions": 256,
+        "retry_base": 0.2,
+    }
 
 
 async def listed(client: MemoryClient, user: str) -> list[str]:
@@ -158,3 +176,80 @@ async def test_many_users_wait_side_by_side(client: MemoryClient, worker: Worker
     began = asyncio.get_running_loop().time()
     await asyncio.gather(*(client.add_memory(f"u{n}", f"tea {n}") for n in range(200)))
     assert asyncio.get_running_loop().time() - began < 20 * LAG
+
+
+class TestEmbedding:
+    @pytest.fixture
+    def tables(self) -> Iterator[TablestoreServer]:
+        with TablestoreServer(index_lag=0.3) as server:
+            yield server
+
+    @pytest.fixture
+    async def worker(
+        self, start_worker: StartWorker, tables: TablestoreServer, embeddings: DashScopeServer
+    ) -> Worker:
+        return await asyncio.to_thread(lambda: start_worker(**by_vector(tables, embeddings)))
+
+    async def test_texts_of_many_adds_share_requests(
+        self, client: MemoryClient, worker: Worker, embeddings: DashScopeServer
+    ) -> None:
+        await asyncio.gather(
+            *(client.add_memory(f"u{n % 50}", f"tea number {n}", timeout=90) for n in range(500))
+        )
+        assert 50 <= embeddings.embedding_calls <= 75
+        hits = await client.search_memory("u7", "tea number 107", {"top_k": 1})
+        assert [each.text for each in hits] == ["tea number 107"]
+
+    async def test_an_outage_delays_searching_and_nothing_else(
+        self, client: MemoryClient, worker: Worker, embeddings: DashScopeServer
+    ) -> None:
+        embeddings.fail("/text-embedding", 503)
+        handles = [await client.submit_add(f"u{n}", f"tea {n}") for n in range(10)]
+        results = await asyncio.gather(*(each.result(30, wait="stored") for each in handles))
+        assert [each.added for each in results] == [1] * 10
+        assert await listed(client, "u3") == ["tea 3"]
+        assert {await each.status() for each in handles} == {JobState.STORED}
+        embeddings.clear_faults()
+        await asyncio.gather(*(each.result(60) for each in handles))
+        assert await found(client, "u3", "tea") == ["tea 3"]
+
+    async def test_a_text_that_is_refused_is_kept_and_told(
+        self, client: MemoryClient, worker: Worker, embeddings: DashScopeServer
+    ) -> None:
+        embeddings.inappropriate = lambda text: "forbidden" in text
+        good, bad = await asyncio.gather(
+            client.submit_add("ann", "green tea"), client.submit_add("ann", "forbidden fruit")
+        )
+        assert (await good.result(30)).added == 1
+        assert (await bad.result(30, wait="stored")).added == 1
+        with pytest.raises(BackendError):
+            await bad.result(30)
+        assert await bad.status() is JobState.DEAD
+        assert sorted(await listed(client, "ann")) == ["forbidden fruit", "green tea"]
+        embeddings.inappropriate = lambda text: False
+        (letter,) = await client.dead_letters.list("ann")
+        replayed = await client.dead_letters.replay(letter)
+        assert (await replayed.result(30)).added == 0
+        assert await listed(client, "ann") == ["green tea", "forbidden fruit"]
+        assert await found(client, "ann", "forbidden") == ["forbidden fruit", "green tea"]
+
+    async def test_a_worker_that_dies_while_it_embeds(
+        self,
+        client: MemoryClient,
+        worker: Worker,
+        start_worker: StartWorker,
+        tables: TablestoreServer,
+        embeddings: DashScopeServer,
+    ) -> None:
+        with embeddings.hold("/text-embedding"):
+            handles = [await client.submit_add(f"u{n % 5}", f"tea {n}") for n in range(30)]
+            await asyncio.to_thread(embeddings.wait_for_request, "/text-embedding")
+            await asyncio.gather(*(each.result(30, wait="stored") for each in handles))
+            await asyncio.to_thread(worker.kill)
+        await asyncio.to_thread(lambda: start_worker(**by_vector(tables, embeddings)))
+        results = await asyncio.gather(*(each.result(60) for each in handles))
+        assert [each.added for each in results] == [1] * 30
+        for user in range(5):
+            mine = [f"tea {n}" for n in range(user, 30, 5)]
+            assert await listed(client, f"u{user}") == mine
+            assert sorted(await found(client, f"u{user}", "tea")) == sorted(mine)

@@ -141,6 +141,7 @@ class Rows:
         return self._write_one(pb.DELETE, request, wire, pb.DeleteRowResponse())
 
     def _write_one(self, kind: int, request: Any, wire: WireRow, response: Any) -> Any:
+        _check_no_transaction(request)
         table = self._table(request.table_name)
         check_write(table, kind, wire)
         self._write(table, kind, wire, request, response)
@@ -150,6 +151,7 @@ class Rows:
         """Whatever is wrong with the request itself is refused before any row is written."""
         if not request.tables:
             raise invalid("No row specified in the request of BatchWriteRow.")
+        _check_no_transaction(request)
         _check_names(request)
         for each in request.tables:
             if not each.rows:
@@ -223,6 +225,11 @@ def selection_of(request: Any) -> Selection:
     names = frozenset(request.columns_to_get) if request.columns_to_get else None
     condition = read_condition(request.filter) if request.HasField("filter") else None
     return Selection(names, condition)
+
+
+def _check_no_transaction(request: Any) -> None:
+    if request.HasField("transaction_id"):
+        raise invalid("transaction_id is not known here")
 
 
 def _is_given(request: Any, name: str) -> bool:

@@ -15,7 +15,7 @@ from tests.loopback.tablestore_rows import Value, decode_value
 Condition = Callable[[Mapping[str, Value]], bool]
 """Whether a row's columns fulfil it."""
 
-_LIMIT = 32
+_LIMIT = 10
 
 _COMPARATORS: dict[int, Callable[[Any, Any], bool]] = {
     pb.CT_EQUAL: operator.eq,

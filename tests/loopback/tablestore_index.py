@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import time
 from array import array
 from collections import Counter, deque
@@ -19,12 +20,15 @@ from typing import Any
 from tablestore.protobuf import search_pb2 as pb
 
 from tests.loopback.tablestore_errors import invalid
-from tests.loopback.tablestore_rows import Key, Row, Value
+from tests.loopback.tablestore_rows import Key, Row, Value, value_size
 from tests.loopback.tablestore_tables import Table
 from tests.loopback.tablestore_text import Analyzer, analyzer_of
 
 DIMENSIONS = 2048
 KEYWORD_BYTES = 4096
+ARRAY_VALUES = 256
+KEY_BYTES = 1000
+"""Of all primary keys of a row together, which is less than what a table takes."""
 
 Plain = int | float | bool | str
 
@@ -112,8 +116,9 @@ class SearchIndex:
             raise invalid(f"duplicated or empty field name: [{name}]")
         if schema.field_type not in (*_PLAIN, pb.VECTOR):
             raise invalid(f"field [{name}]: this type is not known here")
-        if not schema.HasField("index"):
-            schema.index = True
+        for attribute in ("index", "store"):
+            if not schema.HasField(attribute):
+                setattr(schema, attribute, True)
         if schema.field_type == pb.TEXT:
             if not schema.analyzer:
                 schema.analyzer = "single_word"
@@ -167,6 +172,8 @@ class SearchIndex:
 
     def _document(self, row: Row) -> Document:
         values: dict[str, Value] = {name: cell.value for name, cell in row.cells.items()}
+        if sum(value_size(part) for _, part in row.key) > KEY_BYTES:
+            raise DirtyData
         for name, (_, part) in zip(self.table.key_names, row.key, strict=True):
             values[name] = part
         document = Document(row)
@@ -201,7 +208,7 @@ def _plain_values(value: Value, schema: Any) -> tuple[Plain, ...]:
         values = json.loads(value) if isinstance(value, str) else None
     except ValueError as error:
         raise DirtyData from error
-    if not isinstance(values, list):
+    if not isinstance(values, list) or len(values) > ARRAY_VALUES:
         raise DirtyData
     return tuple(_plain(each, schema) for each in values)
 
@@ -233,4 +240,4 @@ def _vector(value: Value, dimension: int) -> Vector:
 
 def vector_of(numbers: array[float]) -> Vector:
     values = tuple(numbers)
-    return Vector(values, sum(map(float.__mul__, values, values)))
+    return Vector(values, sum(map(operator.mul, values, values)))

@@ -5,7 +5,7 @@ It knows nothing of HTTP; `tablestore_api` serves it.
 
 from __future__ import annotations
 
-import re
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,9 +17,8 @@ from tests.loopback.tablestore_errors import failure, invalid
 from tests.loopback.tablestore_index import SearchIndex
 from tests.loopback.tablestore_rows import Key, Row
 from tests.loopback.tablestore_search import search
-from tests.loopback.tablestore_tables import Table
+from tests.loopback.tablestore_tables import NAME, Table
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _TABLES = 64
 
 
@@ -54,13 +53,13 @@ class Instance:
 
     def _create_table(self, request: Any) -> Any:
         meta = request.table_meta
-        if not _NAME.fullmatch(meta.table_name):
+        if not NAME.fullmatch(meta.table_name):
             raise invalid(f"Invalid table name: '{meta.table_name}'.")
         if not 1 <= len(meta.primary_key) <= 4:
             raise invalid("The number of primary key columns must be in range: [1, 4].")
         names = Counter(each.name for each in meta.primary_key)
         for each in meta.primary_key:
-            if not _NAME.fullmatch(each.name):
+            if not NAME.fullmatch(each.name):
                 raise invalid(f"Invalid column name: '{each.name}'.")
             if names[each.name] > 1:
                 raise invalid(f"Duplicated primary key name: '{each.name}'.")
@@ -72,8 +71,10 @@ class Instance:
             raise failure("OTSObjectAlreadyExist")
         if len(self._tables) >= _TABLES:
             raise failure("OTSQuotaExhausted", "Number of tables exceeded the quota.")
+        # A copy, for what came in is kept as it was.
+        own = copy.deepcopy(request)
         self._tables[meta.table_name] = Table(
-            meta, request.table_options, request.reserved_throughput
+            own.table_meta, own.table_options, own.reserved_throughput
         )
         return table_store_pb2.CreateTableResponse()
 
@@ -120,11 +121,19 @@ class Instance:
 
     def _create_index(self, request: Any) -> Any:
         table = self._table(request.table_name)
-        if not _NAME.fullmatch(request.index_name):
+        if not NAME.fullmatch(request.index_name):
             raise invalid(f"Invalid index name: '{request.index_name}'.")
         if (table.name, request.index_name) in self._indexes:
             raise failure("OTSObjectAlreadyExist", "Requested index already exists.")
-        index = SearchIndex(table, request.index_name, request.schema, request.time_to_live)
+        options = table.options
+        if options.max_versions != 1:
+            raise invalid("a search index needs a table whose max versions are 1")
+        if options.time_to_live != -1 and not (
+            options.HasField("allow_update") and not options.allow_update
+        ):
+            raise invalid("a search index needs a table whose rows never expire or never change")
+        schema = copy.deepcopy(request.schema)
+        index = SearchIndex(table, request.index_name, schema, request.time_to_live)
         index.ready_at += self.index_build_time
 
         def follow(key: Key, row: Row | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import operator
 import re
 from array import array
 from collections.abc import Callable, Iterable
@@ -304,7 +305,7 @@ def similarity(one: Vector, other: Vector, metric: int) -> float:
     if metric == pb.VM_EUCLIDEAN:
         distance = sum((a - b) ** 2 for a, b in zip(one.values, other.values, strict=True))
         return 1 / (1 + distance)
-    product = sum(map(float.__mul__, one.values, other.values))
+    product: float = sum(map(operator.mul, one.values, other.values))
     if metric == pb.VM_COSINE:
         lengths = math.sqrt(one.square * other.square)
         product = product / lengths if lengths else 0.0

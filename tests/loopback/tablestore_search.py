@@ -200,7 +200,7 @@ class _Columns:
         stored = {
             name
             for name, schema in index.fields.items()
-            if not schema.is_virtual_field and (not schema.HasField("store") or schema.store)
+            if schema.store and not schema.is_virtual_field
         }
         self._names: frozenset[str] | None = frozenset()
         if kind == pb.RETURN_ALL:

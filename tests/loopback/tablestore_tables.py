@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from tests.loopback.tablestore_rows import (
     make_row,
     value_size,
 )
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+"""Of tables, indexes and columns."""
 
 SCAN_ROWS = 5000
 SCAN_BYTES = 4 * 2**20
@@ -221,12 +225,8 @@ class Table:
 
     def check_changes(self, wire: WireRow, *, update: bool) -> None:
         """Refuses changes that the service refuses before it looks at any row."""
-        if not wire.changes:
-            raise invalid(
-                "Invalid update row request: missing cells in request."
-                if update
-                else "Attribute column is missing."
-            )
+        if update and not wire.changes:
+            raise invalid("Invalid update row request: missing cells in request.")
         for change in wire.changes:
             if change.name in self.key_names:
                 raise invalid(
@@ -271,7 +271,7 @@ class Table:
 
 def check_column(change: Change, *, update: bool) -> None:
     name, value = change.name, change.value
-    if not 0 < len(name.encode()) <= 255 or not (name[0].isalpha() or name[0] == "_"):
+    if not NAME.fullmatch(name):
         raise invalid(f"Invalid column name: '{name}'.")
     if change.kind == DELETE_ONE and change.timestamp is None:
         raise invalid("Timestamp must be given when type is DELETE_ONE_VERSION.")

@@ -24,6 +24,7 @@ from tablestore.retry import NoDelayRetryPolicy, NoRetryPolicy
 from tablestore_for_agent_memory.base.base_knowledge_store import Document
 from tablestore_for_agent_memory.knowledge.async_knowledge_store import AsyncKnowledgeStore
 
+from tests.conftest import no_blocking
 from tests.loopback.tablestore_api import TablestoreServer
 from tests.loopback.tablestore_rows import crc8, read_row
 
@@ -258,7 +259,9 @@ def test_a_new_table_takes_its_time_if_told_so(server: TablestoreServer, client:
     assert client.get_row(TABLE, [("user", "u")])[1] is None
 
 
-def test_a_row_keeps_what_was_put(server: TablestoreServer, client: Any, table: str) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_a_row_keeps_what_was_put(server: TablestoreServer, table: str, native: bool) -> None:
+    client = ts.OTSClient(**credentials(server), enable_native=native, native_fallback=False)
     columns = {
         "blob": bytearray(b"\x00\xff" * 600),
         "false": False,
@@ -352,6 +355,12 @@ def test_conditions_of_writes(server: TablestoreServer, client: Any, table: str)
         with refused("OTSConditionCheckFail"):
             delete_if(fails)
     assert server.row_count(table) == 1
+    for count, code in ((10, "OTSConditionCheckFail"), (11, "OTSParameterInvalid")):
+        many = ts.CompositeColumnCondition(ts.LogicalOperator.OR)
+        for _ in range(count):
+            many.add_sub_condition(ts.SingleColumnCondition("a", 2, equal))
+        with refused(code):
+            delete_if(many)
     wrong = ts.CompositeColumnCondition(ts.LogicalOperator.NOT)
     wrong.add_sub_condition(both)
     delete_if(wrong)
@@ -364,10 +373,11 @@ def test_what_the_service_refuses_of_rows(client: Any, table: str) -> None:
 
     fine = [("a", 1)]
     put_one(key("u" * 1024, 1), [("a", "x" * 2**21)])
+    put_one(key("u", 1), [])
+    assert client.get_row(table, key("u", 1))[1].attribute_columns == []
     for primary_key, columns, code, message in (
         (key("u" * 1025, 1), fine, "OTSParameterInvalid", "1024"),
         (key("u", 1), [("a", "x" * (2**21 + 1))], "OTSParameterInvalid", "2097152"),
-        (key("u", 1), [], "OTSParameterInvalid", "Attribute column is missing."),
         (key("u", 1), [("1a", 1)], "OTSParameterInvalid", "Invalid column name"),
         (key("u", 1), [("id", 1)], "OTSParameterInvalid", "Duplicated attribute column"),
         (key("u", 1), [("a", math.nan)], "OTSParameterInvalid", "NaN"),
@@ -424,8 +434,9 @@ def test_limits_of_batches(server: TablestoreServer, client: Any, table: str) ->
     )
     with refused("OTSParameterInvalid", "Repeated rows"):
         client.batch_write_row(batch(put("v", 1, a=2), again))
-    with refused("OTSParameterInvalid", "Attribute column is missing."):
-        client.batch_write_row(batch(put("v", 1, a=2), put("v", 2)))
+    with refused("OTSParameterInvalid", "missing cells"):
+        nothing = ts.UpdateRowItem(ts.Row(key("v", 2), {}), ANY)
+        client.batch_write_row(batch(put("v", 1, a=2), nothing))
     assert server.row_count(table) == 200, "nothing of a refused batch is written"
     assert client.batch_write_row(batch(put("u", 1, a=1), put("u", 1, a=2))).is_all_succeed()
     assert server.row(table, ("u", 1)) == {"a": 2}
@@ -519,8 +530,14 @@ def test_indexes_come_and_go(server: TablestoreServer, client: Any, index: str) 
     assert fields["tags"].is_array
     assert (fields["tag"].index, fields["hidden"].index) == (True, False)
     assert meta.time_to_live == -1
+    (created,) = server.requests_to("/CreateSearchIndex$")
+    assert created.body.schema.field_schemas[0].field_name == "user"
+    assert not created.body.schema.field_schemas[0].HasField("index"), "kept as it came"
     with refused("OTSObjectAlreadyExist"):
         client.create_search_index(TABLE, index, ts.SearchIndexMeta([]))
+    client.update_table(TABLE, ts.TableOptions(max_version=2))
+    with refused("OTSParameterInvalid", "max versions"):
+        client.create_search_index(TABLE, "other", ts.SearchIndexMeta([]))
     with refused("OTSParameterInvalid", "search index cannot be deleted"):
         client.delete_table(TABLE)
     client.delete_search_index(TABLE, index)
@@ -820,11 +837,14 @@ def test_what_does_not_fit_the_index_is_in_no_search(
         {"tags": "no list"},
         {"tag": "x" * 4097},
         {"note": 1},
+        {"tags": json.dumps(["x"] * 257)},
     ]
     client.batch_write_row(batch(*(put("u", n, **value) for n, value in enumerate(values))))
     assert ids(search(client, ts.MatchAllQuery())) == [0, 3, 9]
-    assert len(server.dirty(TABLE, index)) == 7
-    assert server.row_count(TABLE) == 10
+    assert len(server.dirty(TABLE, index)) == 8
+    assert server.row_count(TABLE) == 11
+    client.put_row(TABLE, ts.Row(key("u" * 1000, 1), [("tag", "x")]), ANY)
+    assert server.dirty(TABLE, index)[-1] == ("u" * 1000, 1)
     knn = ts.KnnVectorQuery("vector", 10, [1.0, 0.0])
     assert ids(search(client, knn, sort=by_score())) == [0, 3]
     client.put_row(TABLE, ts.Row(key("u", 0), [("vector", "[1.0]")]), ANY)
@@ -984,12 +1004,14 @@ async def test_cut_hung_and_held_requests(
 
 async def test_the_async_client(server: TablestoreServer, async_client: Any, table: str) -> None:
     increment = ts.Row(key("u", 1), {"INCREMENT": [("a", 1)]})
-    await asyncio.gather(*(async_client.update_row(table, increment, ANY) for _ in range(50)))
-    assert server.row(table, ("u", 1)) == {"a": 50}
-    _, row, _ = await async_client.get_row(table, key("u", 1))
-    assert columns_of(row) == {"a": 50}
-    _, _, rows, _ = await async_client.get_range(table, "FORWARD", *ALL_KEYS)
-    assert len(rows) == 1
+    await async_client.list_table()
+    with no_blocking():
+        await asyncio.gather(*(async_client.update_row(table, increment, ANY) for _ in range(50)))
+        assert server.row(table, ("u", 1)) == {"a": 50}
+        _, row, _ = await async_client.get_row(table, key("u", 1))
+        assert columns_of(row) == {"a": 50}
+        _, _, rows, _ = await async_client.get_range(table, "FORWARD", *ALL_KEYS)
+        assert len(rows) == 1
 
 
 async def test_the_store_for_agents(server: TablestoreServer, async_client: Any) -> None:
@@ -1034,6 +1056,7 @@ def test_ten_thousand_rows_are_no_burden(server: TablestoreServer, client: Any, 
         items = [put(f"u{n % 7}", n, text=f"some text {n}") for n in range(start, start + 200)]
         assert client.batch_write_row(batch(*items)).is_all_succeed()
     found: list[Any] = []
+    following: Any
     following, end = ALL_KEYS
     while following is not None:
         page, following = range_of(client, following, end)

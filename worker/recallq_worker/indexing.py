@@ -16,7 +16,7 @@ from recallq.errors import BackendUnavailable, JobError
 from recallq_worker.backends.base import Extracted, IndexedStore, Journal, Submission
 
 MOST_JOBS = 1000
-"""Jobs of a user that are indexed together."""
+"""Jobs of a batch that are indexed together."""
 
 
 class Indexing:

@@ -226,7 +226,7 @@ class Runtime:
                 Indexing(memory),
                 slow_ledger,
                 rules,
-                users_at_once=settings.index_users,
+                users_at_once=settings.index_batches,
                 pause=0.0,
                 most_jobs=MOST_JOBS,
             )

@@ -289,6 +289,8 @@ class MemoryService:
                 continue
             error = from_wire(found["error"], job_id=run.batch.jobs[index].id)
             await self._failed(run, index, error, found.get("attempts"), found.get("history"))
+            if (outcome := run.result.outcomes[index]) is not None:
+                outcome.result = found.get("stored")
 
     async def _refused(self, run: _Run, index: int, job: Job) -> bool:
         """Whether a job is not run at all; then it has its outcome."""

@@ -45,9 +45,9 @@ class WorkerSettings(ClientSettings):
 
     slow_users: int = Field(64, ge=1)
     """Users for whom a worker extracts memories at once, in its slow lane."""
-    index_users: int = Field(1000, ge=1)
-    """Users whose stored messages a worker makes searchable at once, in its slow lane. Most of that
-    is waiting, and their texts share requests to the embedding service."""
+    index_batches: int = Field(500, ge=1)
+    """Batches whose stored messages a worker makes searchable at once, in its slow lane. Most of
+    that is waiting, and their texts share requests to the embedding service."""
     slow_pause: float = Field(0.1, ge=0)
     """How long the first add of a user waits for others, to be extracted with them in one call."""
     slow_tokens: int = Field(8000, ge=1)

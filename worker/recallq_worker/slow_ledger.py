@@ -1,10 +1,13 @@
 """What the slow lane keeps in Redis: who waits, whose turn it is, and how far that went.
 
-Writes to a backend that extracts memories, and adds that are stored and not yet searchable, are
-handed over by their batch (`park`) and wait, each user's by themselves and in order. A worker takes
-up a user under a lease with a fencing token: a token that is not the last given for the user
-changes nothing any more. What came of a job is written into its batch in the ledger, and the batch
-is pushed, to be answered as any other.
+Writes to a backend that extracts memories are handed over by their batch (`park`) and wait, each
+user's by themselves and in order. A worker takes up a user under a lease with a fencing token: a
+token that is not the last given for the user changes nothing any more. What came of a job is
+written into its batch in the ledger, and the batch is pushed, to be answered as any other.
+
+Adds that are stored and not yet searchable take the same way. Among them there is no order to keep,
+so those of a batch stay together, whosever they are: what is said here of a user and a hash tag
+holds for such a batch and its own.
 
 Everything a crash may fall between is one script. Of a user, by hash tag (see `recallq.keys`):
 
@@ -198,7 +201,9 @@ class SlowLedger:
         return [
             handover.index,
             job.id,
-            self._keys.user_tag(scope.tenant, scope.user_id),
+            self._keys.user_tag(scope.tenant, scope.user_id)
+            if handover.stored is None
+            else self._keys.batch_tag(batch.id),
             kind,
             job.order if isinstance(job, AddJob) else handover.epoch,
             handover.epoch,

@@ -484,8 +484,16 @@ def _submission(job: PendingJob) -> Submission:
 
 
 def _failure(job: PendingJob, error: JobError) -> bytes:
+    wire = to_wire(error)
+    if job.stored is not None:
+        wire["message"] = f"stored and listed, but not searchable: {wire['message']}"
     return orjson.dumps(
-        {"error": to_wire(error), "attempts": job.attempts + 1, "history": job.history}
+        {
+            "error": wire,
+            "attempts": job.attempts + 1,
+            "history": job.history,
+            "stored": job.stored,
+        }
     )
 
 

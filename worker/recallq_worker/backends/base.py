@@ -128,11 +128,12 @@ class IndexedStore(MemoryStore, Protocol):
     """Whether it takes the second step, as it is set up."""
 
     async def index(self, records: Sequence[Record]) -> Sequence[JobError | None]:
-        """Makes stored records of one user searchable; returns when a search finds them.
+        """Makes stored records of any users searchable; returns when a search finds them.
 
         Says of each what it failed with; of one that is not there any more, nothing. What is done
-        already is not done, or paid, again. Raises what all fail with. May be cancelled at any
-        moment.
+        already is not done, or paid, again. One that takes long ends as `BackendUnavailable` after
+        some seconds, so that the others need not wait for it. Raises what all fail with. May be
+        cancelled at any moment.
         """
         ...
 

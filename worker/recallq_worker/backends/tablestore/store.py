@@ -65,6 +65,9 @@ from recallq_worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from tablestore import AsyncOTSClient, ColumnCondition
 
+_PATIENCE = 6.0
+"""Seconds that one look at the search index may take. Its lag is below three as a rule; what takes
+longer is looked for again, and does not hold up what is there."""
 _DELETED_AT_ONCE = 1000
 _ROUNDS = 10
 """How often a row may change under a write before that counts as trouble."""
@@ -247,7 +250,12 @@ class TablestoreStore:
         there = list(dict.fromkeys(key for key, text in zip(keys, texts, strict=True) if text))
         if self._vectors is not None:
             errors, there = await self._embed(self._vectors, keys, texts)
-        await self._watch.shown(there)
+        hidden = await self._watch.shown(there, _PATIENCE)
+        for at, key in enumerate(keys):
+            if key in hidden and errors[at] is None:
+                errors[at] = BackendUnavailable(
+                    f"stored, but search index {self._index.name} does not show it yet"
+                )
         return errors
 
     async def _embed(

@@ -7,6 +7,7 @@ request, and rests only when the index has not moved on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -43,8 +44,9 @@ class Watch:
         self._awaited: dict[Key, _Awaited] = {}
         self._task: asyncio.Task[None] | None = None
 
-    async def shown(self, keys: Iterable[Key]) -> None:
-        """Returns once searches find all these rows, those apart that are gone.
+    async def shown(self, keys: Iterable[Key], patience: float) -> set[Key]:
+        """Waits until searches find these rows, for `patience` seconds at most; returns those that
+        they do not find. What is gone needs not be found.
 
         Raises what asking fails with. May be cancelled.
         """
@@ -58,8 +60,11 @@ class Watch:
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._watch())
         try:
-            for _, waiter in waiters:
-                await waiter
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    for _, waiter in waiters:
+                        await asyncio.shield(waiter)
+            return {key for key, waiter in waiters if not waiter.done()}
         finally:
             for key, waiter in waiters:
                 self._let_go(key, waiter)
