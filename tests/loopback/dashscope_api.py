@@ -19,7 +19,8 @@ from tests.loopback.faults import HttpFailure, Received
 from tests.loopback.server import LoopbackServer, as_response, json_object
 from tests.loopback.text import embedding, tokens
 
-EMBEDDINGS = "/api/v1/services/embeddings/text-embedding/text-embedding"
+PATH = "/services/embeddings/text-embedding/text-embedding"
+EMBEDDINGS = f"/api/v1{PATH}"
 
 
 @dataclass(frozen=True)

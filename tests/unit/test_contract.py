@@ -471,8 +471,8 @@ def test_any_text_is_a_job_id_or_unknown(job_id: str) -> None:
 
 
 @pytest.mark.parametrize("state", JobState)
-def test_queued_and_running_jobs_have_not_settled(state: JobState) -> None:
-    assert state.settled == (state.value not in ("queued", "running"))
+def test_which_states_are_not_the_last(state: JobState) -> None:
+    assert state.settled == (state.value not in ("queued", "running", "stored"))
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,7 @@ class EmbeddingBatcher:
             chore.add_done_callback(self._chores.discard)
 
     def failed(self, items: list[Item], error: JobError) -> None:
+        self._well_at = None
         for item in items:
             self._settled(item)
             for call in list(item.waiters):

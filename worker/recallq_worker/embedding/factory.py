@@ -45,7 +45,7 @@ def make_embedder(settings: ModelSettings) -> Embedder:
                 )
             return DashScopeEmbedder(
                 model=endpoint.model,
-                base_url=endpoint.base_url,
+                base_url=_checked(endpoint.base_url),
                 api_key=endpoint.api_key,
                 dimensions=settings.dimensions,
                 ask_for_dimensions=settings.embedding_dimensions is not None,
@@ -62,7 +62,7 @@ def make_embedder(settings: ModelSettings) -> Embedder:
                 )
             return OpenAIEmbedder(
                 model=endpoint.model,
-                base_url=endpoint.base_url,
+                base_url=_checked(endpoint.base_url),
                 api_key=endpoint.api_key,
                 dimensions=settings.dimensions,
                 ask_for_dimensions=settings.embedding_dimensions is not None,
@@ -72,6 +72,15 @@ def make_embedder(settings: ModelSettings) -> Embedder:
                 or (_COMPATIBLE_BATCH if endpoint.is_dashscope else _BATCH),
                 timeout=settings.embedding_timeout,
             )
+
+
+def _checked(base_url: str) -> str:
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigurationError(
+            "RECALLQ_EMBEDDING_BASE_URL, or where else the base URL for embeddings is from, must "
+            "begin with http:// or https://"
+        )
+    return base_url
 
 
 def make_batcher(

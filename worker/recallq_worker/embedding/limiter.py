@@ -21,6 +21,8 @@ _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
 _CEILING = 256.0
 """Requests at once that are never learnt to be too many."""
+_GAIN = 0.25
+"""Requests at once by which the limit grows while as many succeed as may run at once."""
 _BURST = 1.0
 """Seconds whose share of a minute's limit may be used at once; providers count these, too."""
 
@@ -103,7 +105,7 @@ class RateLimiter:
             self._tokens.use(now, tokens - estimated)
         if began >= self._paused_until:
             self._strikes = 0
-            self._limit = min(_CEILING, self._limit + 1.0 / self._limit)
+            self._limit = min(_CEILING, self._limit + _GAIN / self._limit)
 
     def throttled(self, now: float, *, began: float, retry_after: float | None) -> None:
         """A request that began at `began` was too much; the provider named a time, or did not."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ _PATIENCE = 0.25
 """Longest wait for Redis, in seconds."""
 _LEFT_ALONE = 15.0
 """Seconds for which a Redis that failed is not asked again."""
-_NOTHING: tuple[()] = ()
 
 
 class SharedCache:
@@ -36,45 +36,56 @@ class SharedCache:
         self._ttl = ttl
         self._redis: RedisClient | None = None
         self._asleep_until = 0.0
+        self._asking = 0
+        self._nobody_asks = asyncio.Event()
+        self._nobody_asks.set()
+        self._closed = False
 
     async def get(self, keys: Sequence[bytes]) -> Sequence[Vector | None]:
         """What is kept for `keys`, in their order; empty if Redis does not answer. Never raises."""
-        redis = self._awake()
-        if redis is None or not keys:
-            return _NOTHING
-        try:
-            async with asyncio.timeout(_PATIENCE):
+        values: list[Any] = []
+        async with self._client() as redis:
+            if redis is not None and keys:
                 values = await redis.mget([self._prefix + key.hex() for key in keys])
-        except (*LOST, TimeoutError) as error:
-            self._sleep(error)
-            return _NOTHING
         return [self._vector(value) for value in values]
 
     async def put(self, vectors: Mapping[bytes, Vector]) -> None:
         """Keeps `vectors` for their time to live. Never raises."""
-        redis = self._awake()
-        if redis is None:
-            return
-        try:
-            async with asyncio.timeout(_PATIENCE):
+        async with self._client() as redis:
+            if redis is not None:
                 async with redis.pipeline(transaction=False) as pipe:
                     for key, vector in vectors.items():
                         pipe.set(self._prefix + key.hex(), vector.tobytes(), ex=self._ttl)
                     await pipe.execute()
-        except (*LOST, TimeoutError) as error:
-            self._sleep(error)
 
     async def close(self) -> None:
+        """Waits for what is under way, which is not long."""
+        self._closed = True
+        await self._nobody_asks.wait()
         redis, self._redis = self._redis, None
         if redis is not None:
             await redis.aclose()
 
-    def _awake(self) -> RedisClient | None:
-        if asyncio.get_running_loop().time() < self._asleep_until:
-            return None
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[RedisClient | None]:
+        """The connection, for as long as it takes to ask; None while it is left alone. What goes
+        wrong with it ends here."""
+        if self._closed or asyncio.get_running_loop().time() < self._asleep_until:
+            yield None
+            return
         if self._redis is None:
             self._redis = connect(self._url, connect_timeout=_PATIENCE, retries=0)
-        return self._redis
+        self._asking += 1
+        self._nobody_asks.clear()
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                yield self._redis
+        except (*LOST, TimeoutError) as error:
+            self._sleep(error)
+        finally:
+            self._asking -= 1
+            if self._asking == 0:
+                self._nobody_asks.set()
 
     def _sleep(self, error: BaseException) -> None:
         now = asyncio.get_running_loop().time()
