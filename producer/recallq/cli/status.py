@@ -54,7 +54,7 @@ def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
             print(f"{lane.value:<8}{outstanding[lane]:>16,}{count:>10}")
         print(f"\ndead letters: {dead:,}")
         if waiting:
-            print(f"users whose memories are extracted, or wait for it: {waiting:,}")
+            print(f"in the slow lane: {waiting:,}")
         if not workers:
             print("no worker is running; start one with 'recallq worker'")
         for each in workers:

@@ -17,7 +17,8 @@ from pydantic import SecretStr
 from recallq.errors import BackendError, BackendUnavailable, JobError, MissingExtra
 
 if TYPE_CHECKING:
-    from tablestore import AsyncOTSClient
+    from tablestore import AsyncOTSClient, RetryPolicy
+    from tablestore.credentials import CredentialsProvider
 
 T = TypeVar("T")
 
@@ -53,45 +54,46 @@ ALREADY_THERE = "OTSObjectAlreadyExist"
 
 def create_tablestore_client(
     end_point: str,
-    instance_name: str,
     access_key_id: str | SecretStr,
     access_key_secret: str | SecretStr,
+    instance_name: str,
     sts_token: str | SecretStr | None = None,
     region: str | None = None,
+    credentials_provider: CredentialsProvider | None = None,
+    retry_policy: RetryPolicy | None = None,
     **options: Any,
 ) -> AsyncOTSClient:
     """An asyncio client of one Tablestore instance, for the event loop that first uses it.
 
-    `options` go to ``tablestore.AsyncOTSClient``: a ``credentials_provider`` for tokens that are
-    renewed, a ``retry_policy`` (none by default), timeouts. Raises `MissingExtra`.
+    The arguments are those it had in agentscope-runtime. A `credentials_provider` goes before keys
+    and token, and may renew them; a `retry_policy` of None is none. `options` go to
+    ``tablestore.AsyncOTSClient``. Raises `MissingExtra`.
     """
     try:
         from tablestore import AsyncOTSClient, NoRetryPolicy
     except ImportError as error:
         raise MissingExtra("the tablestore backend", "tablestore") from error
     options = {
-        "retry_policy": NoRetryPolicy(),
         "socket_timeout": (_CONNECT_TIMEOUT, _ANSWER_TIMEOUT),
         "max_connection": 100,
         "logger_name": _QUIET.name,
         **options,
     }
-    if "credentials_provider" not in options:
-        options |= {
-            "access_key_id": _revealed(access_key_id),
-            "access_key_secret": _revealed(access_key_secret),
-            "sts_token": None if sts_token is None else _revealed(sts_token),
-        }
     return AsyncOTSClient(
         end_point,
+        access_key_id=_revealed(access_key_id),
+        access_key_secret=_revealed(access_key_secret),
         instance_name=instance_name,
-        region=region,
+        sts_token=_revealed(sts_token),
+        region=region or None,
+        credentials_provider=credentials_provider,
+        retry_policy=retry_policy or NoRetryPolicy(),
         **options,
     )
 
 
-def _revealed(secret: str | SecretStr) -> str:
-    return secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+def _revealed(secret: str | SecretStr | None) -> str | None:
+    return (secret.get_secret_value() if isinstance(secret, SecretStr) else secret) or None
 
 
 def meaning(code: str, message: str = "") -> JobError:

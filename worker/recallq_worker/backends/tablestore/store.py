@@ -119,9 +119,9 @@ class TablestoreStore:
         if self._client is None:
             self._client = create_tablestore_client(
                 settings.end_point,
-                settings.instance_name,
                 settings.access_key_id,
                 settings.access_key_secret,
+                settings.instance_name,
                 settings.sts_token,
                 settings.region,
             )
