@@ -74,7 +74,7 @@ class Options:
     def call_timeout(self) -> float:
         """Of calls that wait for their answer, in seconds. What an extractor does for a user waits
         for what comes before, however often that has to be tried again."""
-        return 20.0 if self.backend == "flaky_redis" else 60.0
+        return 60.0 if self.backend == "flaky_extractor" else 20.0
 
 
 @dataclass(slots=True)

@@ -10,10 +10,10 @@ from tests.chaos.driver import Options, run
 # Where a connection is cut as it is being made, redis-py leaves its socket to the collector.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("backend", ["flaky_redis", "flaky_extractor"])
+@pytest.mark.parametrize("backend", ["flaky_redis", "flaky_indexed", "flaky_extractor"])
 async def test_nothing_is_lost_doubled_misplaced_or_brought_back(backend: str) -> None:
     poisons = ["poison-permanent", "poison-kill"]
-    if backend == "flaky_redis":
+    if backend != "flaky_extractor":
         # Of a user's extractions, one that is tried again for long would hold up the others.
         poisons.append("poison-transient")
     report = await run(

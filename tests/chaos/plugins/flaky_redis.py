@@ -8,6 +8,8 @@ A message can also be poison whatever the weather: ``poison-permanent`` in its t
 for good, ``poison-transient`` for now, every time, and ``poison-kill`` ends the process. None of a
 call with poison in it is stored.
 
+`FlakyIndexedStore` stores first, and takes a second step that fails just as well.
+
 `FlakyExtractor` makes one memory of each message, under an id that differs each time, so that what
 is extracted twice is seen twice. The weather strikes before it has stored anything, as an LLM
 would, and after it has.
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from recallq.contract import Scope
-from recallq.errors import BackendError, BackendUnavailable
+from recallq.errors import BackendError, BackendUnavailable, JobError
 from recallq.keys import escape
 from recallq.messages import message_text
 from recallq_worker.backends.base import (
@@ -121,6 +123,18 @@ class FlakyRedisStore(RedisStore):
         return result
 
 
+class FlakyIndexedStore(FlakyRedisStore):
+    """Takes a second step, which the weather strikes for some records and not for others."""
+
+    name: ClassVar[str] = "flaky_indexed"
+    indexes = True
+
+    async def index(self, records: Sequence[Record]) -> list[JobError | None]:
+        await self._through(_nothing)
+        bad = BackendUnavailable("the weather is bad here")
+        return [bad if self._weather.happens("unavailable") else None for _ in records]
+
+
 def _taste(text: str) -> None:
     """Takes poison."""
     if "poison-permanent" in text:
@@ -197,4 +211,4 @@ class FlakyExtractor(FlakyRedisStore):
 
 
 async def _nothing() -> None:
-    """What the LLM does is known before."""
+    """What an LLM does is known before, and what a search index does does not matter."""
