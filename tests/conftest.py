@@ -10,16 +10,22 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
 
 from recallq import MemoryClient
 from recallq.embedded import EmbeddedRedis
 from tests.support import SETTINGS, Worker
 
 _numbers = itertools.count(1)
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("recallq", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("recallq")
 
 
 @pytest.fixture(autouse=True)
@@ -81,15 +87,21 @@ def no_blocking() -> AbstractContextManager[BlockBuster]:
 
 @pytest.fixture
 def start_worker(redis_url: str, namespace: str) -> Iterator[Callable[..., Worker]]:
-    """Starts workers in the test's own namespace, and stops them after it."""
+    """Starts workers in the test's own namespace, and stops them after it.
+
+    With ``ready=False`` it does not wait until they are: they may be about to die.
+    """
     started: list[Worker] = []
 
-    def start(**options: object) -> Worker:
+    def start(*, ready: bool = True, **options: object) -> Worker:
         worker = Worker(redis_url, **{"namespace": namespace, **options})  # type: ignore[arg-type]
         started.append(worker)
-        worker.start()
+        if ready:
+            worker.start()
+        else:
+            worker.launch()
         return worker
 
     yield start
-    for worker in started:
-        worker.close()
+    with ThreadPoolExecutor() as pool:  # each takes about a second
+        list(pool.map(Worker.close, started))

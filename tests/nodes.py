@@ -306,7 +306,7 @@ class LocalContainer(CeleryTestContainer):
         """Of its own ports, those that accept connections: there is no netstat to run inside."""
         return [str(port) for port in self._container.ports if _accepts(port)]
 
-    def _wait_ready(self, timeout: int = 30) -> bool:
+    def _wait_ready(self, timeout: int = 60) -> bool:
         prompt = self.ready_prompt
         deadline = time.monotonic() + timeout
         while prompt is not None and prompt not in self.recent_logs():

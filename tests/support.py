@@ -21,6 +21,9 @@ PLUGINS = Path(__file__).parent / "plugins"
 
 READY = "recallq worker ready"
 
+PATIENCE = 30.0
+"""Seconds that tests wait, at the most, for what should come soon: the machine may stall."""
+
 SETTINGS = ("RECALLQ_", "MEMORY_", "OPENAI_", "OPENROUTER_", "DASHSCOPE_", "MEM0_")
 """How variables begin that would reach into tests from a developer's environment."""
 
@@ -79,13 +82,16 @@ class Worker:
             env=self._environment,
         )
 
-    def start(self, timeout: float = 30.0) -> None:
+    def start(self, timeout: float = 60.0) -> None:
         """Starts the process and waits until it takes jobs."""
         before = self.output.count(READY)
         self.launch()
         deadline = time.monotonic() + timeout
-        while self.output.count(READY) == before:
-            if not self.is_alive() or time.monotonic() > deadline:
+        while True:
+            lost = not self.is_alive() or time.monotonic() > deadline
+            if self.output.count(READY) > before:
+                return  # even if it has died of its first job since
+            if lost:
                 self.stop()
                 raise AssertionError(f"the worker did not start:\n{self.output}")
             time.sleep(0.02)
@@ -137,7 +143,7 @@ class Worker:
 
 
 async def eventually(
-    condition: Callable[[], Awaitable[bool]], timeout: float = 10.0, every: float = 0.02
+    condition: Callable[[], Awaitable[bool]], timeout: float = PATIENCE, every: float = 0.02
 ) -> None:
     """Waits until `condition` holds; fails if it does not in time."""
     deadline = time.monotonic() + timeout

@@ -13,7 +13,7 @@ from tests.support import redis_at
 async def test_ingest_search_list_delete(celery_setup: CeleryTestSetup, node_url: str) -> None:
     """Everything that an agent does with its memory, once."""
     assert celery_setup.ready()
-    async with MemoryClient(node_url) as memory:
+    async with MemoryClient(node_url, timeout=60) as memory:
         await memory.add_memory("user1", [Message.user("hello world")], session_id="s1")
         found = await memory.search_memory("user1", [Message.user("hello")], filters={"top_k": 5})
         assert found == [Message.user("hello world")]
@@ -29,14 +29,14 @@ async def test_jobs_travel_on_celery_queues_and_settle_in_the_result_backend(
     """Nothing but Celery carries them: with the worker gone they wait on the queue, as messages."""
     assert celery_setup.ready()
     celery_setup.worker.kill("SIGKILL")
-    async with MemoryClient(node_url) as memory:
+    async with MemoryClient(node_url, timeout=60) as memory:
         handles = await asyncio.gather(
             *(memory.submit_add("user1", f"message {n}", lane="bulk") for n in range(10))
         )
         async with redis_at(node_url) as redis:
             assert await redis.llen("recallq.bulk") >= 1
         celery_setup.worker.restart()
-        await asyncio.gather(*(handle.result(30) for handle in handles))
+        await asyncio.gather(*(handle.result(60) for handle in handles))
         async with redis_at(node_url) as redis:
             assert await redis.llen("recallq.bulk") == 0
             batch_id = handles[0].id.rpartition("-")[0]
@@ -50,13 +50,13 @@ async def test_memories_survive_worker_and_redis(
 ) -> None:
     """Restarting everything loses no memory that was stored."""
     assert celery_setup.ready()
-    async with MemoryClient(node_url) as memory:
+    async with MemoryClient(node_url, timeout=60) as memory:
         handle = await memory.submit_add("user1", "kept", "s1")
-        await handle.result(30)
+        await handle.result(60)
     celery_setup.worker.kill("SIGTERM")
     celery_setup.broker.restart()
     celery_setup.worker.restart()
-    async with MemoryClient(node_url) as memory:
+    async with MemoryClient(node_url, timeout=60) as memory:
         assert [message.text for message in await memory.list_memory("user1")] == ["kept"]
         assert await memory.handle(handle.id).status() is JobState.SUCCEEDED
 
@@ -66,7 +66,7 @@ async def test_a_worker_told_to_stop_finishes_what_it_holds(
 ) -> None:
     """SIGTERM in the middle of work: what was begun is answered, the rest waits for the next."""
     assert celery_setup.ready()
-    async with MemoryClient(node_url) as memory:
+    async with MemoryClient(node_url, timeout=60) as memory:
         calls = [
             asyncio.create_task(memory.add_memory(f"user{n % 20}", f"message {n}"))
             for n in range(500)

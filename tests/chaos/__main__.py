@@ -20,7 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--jobs", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=None, help="by default a new one")
-    parser.add_argument("--backend", default="flaky_redis", help="or flaky_indexed, flaky_extractor")
+    parser.add_argument(
+        "--backend", default="flaky_redis", help="or flaky_indexed, flaky_extractor"
+    )
     parser.add_argument("--users", type=int, default=200)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--clients", type=int, default=4)

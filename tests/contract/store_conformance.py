@@ -256,6 +256,7 @@ class StoreConformance(ABC):
         suppress_health_check=[
             HealthCheck.function_scoped_fixture,
             HealthCheck.differing_executors,
+            HealthCheck.too_slow,
         ],
     )
     async def test_no_id_reaches_into_anothers_data(

@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -153,7 +152,7 @@ class TestWhatGoesWrong:
     async def test_a_server_that_does_not_answer(
         self, server: OpenAIServer, redis_url: str, namespace: str, user: str
     ) -> None:
-        async with opened(library(server, redis_url, namespace, timeout=0.5)) as mem0:
+        async with opened(library(server, redis_url, namespace, timeout=2.0)) as mem0:
             server.hang(CHAT, 30)
             with pytest.raises(BackendUnavailable, match="Timeout"):
                 await mem0.extract([submission(user, "tea")], Notes())
@@ -372,11 +371,11 @@ class TestCalls:
                     for n in range(5)
                 ]
                 await asyncio.to_thread(server.wait_for_request, CHAT, 3)
-                began = time.monotonic()
-                assert await mem0.search(
-                    Scope("default", user), "tea", top_k=3, score_threshold=None
-                )
-                assert time.monotonic() - began < 1
+                async with asyncio.timeout(30):  # they are held for as long as it takes
+                    assert await mem0.search(
+                        Scope("default", user), "tea", top_k=3, score_threshold=None
+                    )
+                assert not any(task.done() for task in tasks)
             await asyncio.gather(*tasks)
 
     async def test_the_last_messages_are_known_to_every_process_and_forgotten_with_the_user(

@@ -154,7 +154,7 @@ async def test_does_not_wait_for_ever_to_start(server: Mem0Server) -> None:
     with pytest.raises(BackendUnavailable):
         async with opened(server, timeout=0.5):
             pass
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15
 
 
 async def test_is_unwell_when_the_platform_is(server: Mem0Server, backend: Mem0Platform) -> None:
@@ -307,7 +307,7 @@ async def test_an_add_that_did_not_arrive_leaves_nothing(
         server.hang(ADD, 60, times=1)
     else:
         server.fail(ADD, 504, times=1)
-    async with opened(server, timeout=1.0) as backend:
+    async with opened(server, timeout=2.0) as backend:
         notes, given = Notes(), [submission(user, "tea")]
         with pytest.raises(BackendUnavailable):
             await backend.extract(given, notes)
@@ -319,7 +319,7 @@ async def test_an_add_that_did_not_arrive_leaves_nothing(
 async def test_a_turn_that_ends_while_the_add_is_processed_is_recovered(
     server: Mem0Server, backend: Mem0Platform, user: str
 ) -> None:
-    server.processing_time = 1.0
+    server.processing_time = 3.0
     notes, given = Notes(), [submission(user, "tea")]
     task = asyncio.create_task(backend.extract(given, notes))
     await asyncio.to_thread(server.wait_for_request, EVENT)
@@ -353,7 +353,7 @@ async def test_a_turn_that_ends_while_the_add_is_sent_keeps_its_event(
 
 
 async def test_who_is_cancelled_does_not_wait_for_ever(server: Mem0Server, user: str) -> None:
-    async with opened(server, timeout=0.5) as backend:
+    async with opened(server, timeout=2.0) as backend:
         notes = Notes()
         server.hang(ADD, 60)
         task = asyncio.create_task(backend.extract([submission(user, "tea")], notes))
@@ -362,7 +362,7 @@ async def test_who_is_cancelled_does_not_wait_for_ever(server: Mem0Server, user:
         began = time.monotonic()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 15
 
 
 async def test_says_that_an_add_is_still_processed(server: Mem0Server, user: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from recallq import MemoryClient
-from recallq.contract import Lane, Operation
+from recallq.contract import JobRef, Lane, Operation
 from recallq.embedded import EmbeddedRedis
 from recallq.keys import Keys
 from tests.support import Worker
@@ -84,14 +84,24 @@ def in_hand(worker: Worker, raw: redis.Redis) -> int:
     return int(raw.hlen(f"{worker.namespace}:unacked"))
 
 
+def state_of(worker: Worker, raw: redis.Redis, job_id: str) -> str | None:
+    """The ledger's word on a job's batch: None once it has settled."""
+    state = raw.hget(Keys(worker.namespace).batch(JobRef.parse(job_id).batch_id), "s")
+    return state.decode() if isinstance(state, bytes) else None
+
+
 def take(worker: Worker, raw: redis.Redis, *texts: str) -> list[str]:
-    """As `submit`, and waits until the worker holds them all."""
+    """As `submit`, and waits until the worker has begun them all; the first may be done by then."""
     job_ids = submit(worker, *texts)
-    soon(lambda: in_hand(worker, raw) == len(texts), "all are taken")
+
+    def all_are_begun() -> bool:
+        return all(state_of(worker, raw, each) in ("running", None) for each in job_ids)
+
+    soon(all_are_begun, "all are taken")
     return job_ids
 
 
-def works_again(worker: Worker, within: float = 8.0) -> None:
+def works_again(worker: Worker, within: float = 20.0) -> None:
     began = time.monotonic()
     assert added(worker, submit(worker, f"tea {began}")) == [1]
     assert time.monotonic() - began < within
@@ -167,19 +177,24 @@ class TestStoppingWithoutRedis:
     def test_with_nothing_in_hand(self, server: EmbeddedRedis, worker: Worker) -> None:
         server.kill()
         worker.signal(signal.SIGTERM)
-        worker.wait(20)
+        worker.wait(60)
 
     def test_with_messages_in_hand(
         self, server: EmbeddedRedis, worker: Worker, raw: redis.Redis
     ) -> None:
-        take(worker, raw, "sleep 0.2", "sleep 25")
+        job_ids = take(worker, raw, "sleep 1.5", "sleep 25")
         server.kill()
         soon(lambda: "cannot connect" in worker.output, "the worker notices")
         worker.signal(signal.SIGTERM)
-        worker.wait(20)
+        worker.wait(60)
         server.start()
         queue = Lane.LIVE.queue(worker.namespace)
-        soon(lambda: in_hand(worker, raw) + int(raw.llen(queue)) == 2, "neither is lost")
+
+        def neither_is_lost() -> bool:
+            done = sum(state_of(worker, raw, each) is None for each in job_ids)  # before the kill
+            return in_hand(worker, raw) + int(raw.llen(queue)) + done == 2
+
+        soon(neither_is_lost, "neither is lost")
 
 
 class _Evil:
@@ -298,7 +313,9 @@ class TestPoison:
             message["properties"]["delivery_info"]["routing_key"] = queue
             raw.lpush(queue, json.dumps(message))
         soon(lambda: raw.zcard(Keys(worker.namespace).dead) == 20, "all are dead letters")
-        take(worker, raw, *(f"sleep 1 {number}" for number in range(8)))  # all eight at once
+        submit(worker, *(f"sleep 100 {number}" for number in range(8)))
+        soon(lambda: in_hand(worker, raw) == 8, "all eight at once")
+        worker.kill()  # rather than wait for them
 
     def test_a_redis_in_trouble_loses_no_poison(
         self, server: EmbeddedRedis, worker: Worker, raw: redis.Redis

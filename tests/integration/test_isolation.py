@@ -414,7 +414,7 @@ async def _watched() -> AsyncIterator[None]:
     max_examples=40,
     deadline=None,
     # Examples share a worker on purpose, and clean up after one another.
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 async def test_no_id_reaches_into_anothers_memories(
     worker: Worker, cast: Cast, story: Sequence[Step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,7 +22,7 @@ from recallq import (
 from tests.conftest import no_blocking
 from tests.loopback.mem0_api import Mem0Server
 from tests.loopback.openai_api import OpenAIServer
-from tests.support import Worker, eventually
+from tests.support import Worker, eventually, redis_at
 
 CHAT, EMBEDDINGS = "/v1/chat", "/v1/embeddings"
 
@@ -60,7 +61,7 @@ def start_mem0(
 
 @pytest.fixture
 async def client(redis_url: str, namespace: str) -> AsyncIterator[MemoryClient]:
-    async with MemoryClient(redis_url, namespace=namespace) as memory:
+    async with MemoryClient(redis_url, namespace=namespace, timeout=60) as memory:
         with no_blocking():
             yield memory
 
@@ -73,7 +74,7 @@ async def state(handle: JobHandle, wanted: JobState) -> None:
     async def reached() -> bool:
         return await handle.status() is wanted
 
-    await eventually(reached, 15)
+    await eventually(reached)
 
 
 async def test_the_main_job(client: MemoryClient, start_mem0: StartMem0) -> None:
@@ -127,11 +128,20 @@ async def test_five_hundred_adds_of_twenty_users(
     client: MemoryClient, start_mem0: StartMem0, server: OpenAIServer
 ) -> None:
     await asyncio.to_thread(start_mem0)
+    keys = client.transport.keys
+    with server.hold(CHAT):
+        handles = await asyncio.gather(
+            *(client.submit_add(f"user-{n % 20}", f"fact {n:03}") for n in range(500))
+        )
+        async with redis_at(client.settings.redis_url) as redis:
+
+            async def all_wait() -> bool:
+                tags = [keys.user_tag("default", f"user-{n}") for n in range(20)]
+                return sum([await redis.zcard(keys.waiting(tag)) for tag in tags]) == 500
+
+            await eventually(all_wait)
     server.latency[CHAT] = 0.5
-    handles = await asyncio.gather(
-        *(client.submit_add(f"user-{n % 20}", f"fact {n:03}") for n in range(500))
-    )
-    results = await asyncio.gather(*(each.result(30) for each in handles))
+    results = await asyncio.gather(*(each.result(60) for each in handles))
     assert sum(each.added for each in results) == 500
     assert server.chats <= 60
     for user in range(20):
@@ -144,16 +154,12 @@ async def test_fifty_users_at_once_and_searches_beside_them(
 ) -> None:
     await asyncio.to_thread(start_mem0)
     await client.add_memory("reader", "green tea")
-    server.latency[CHAT] = 2.0
-    began = time.monotonic()
-    handles = [await client.submit_add(f"user-{n}", "x") for n in range(50)]
-    await asyncio.to_thread(server.wait_for_request, CHAT, 51)
-    asked = time.monotonic()
-    for _ in range(10):
-        assert len(await client.search("reader", "tea", timeout=3)) == 1
-    assert time.monotonic() - asked < 1.5
-    await asyncio.gather(*(handle.result(20) for handle in handles))
-    assert time.monotonic() - began < 6
+    with server.hold(CHAT):
+        handles = [await client.submit_add(f"user-{n}", "x") for n in range(50)]
+        await asyncio.to_thread(server.wait_for_request, CHAT, 51)
+        for _ in range(10):  # before any of the extractions has come to its end
+            assert len(await client.search("reader", "tea")) == 1
+    await asyncio.gather(*(handle.result(30) for handle in handles))
     assert server.most_in_flight["/v1/chat/completions"] == 50
 
 
@@ -161,15 +167,16 @@ async def test_trouble_that_passes(
     client: MemoryClient, start_mem0: StartMem0, server: OpenAIServer
 ) -> None:
     await asyncio.to_thread(start_mem0)
-    server.fail(CHAT, 429, times=1, headers={"Retry-After": "1"})
+    server.fail(CHAT, 429, times=1, headers={"Retry-After": "4"})
     began = time.monotonic()
     first = asyncio.create_task(client.add_memory("ann", "one"))
-    await asyncio.sleep(0.3)
+    await asyncio.to_thread(server.wait_for_request, CHAT)
     second = asyncio.create_task(client.add_memory("ann", "two"))
     await client.add_memory("bob", "unharmed")
-    assert time.monotonic() - began < 1
+    assert not first.done()
+    assert not second.done()
     await asyncio.gather(first, second)
-    assert time.monotonic() - began > 1
+    assert time.monotonic() - began > 4
     server.answers.append("This is not JSON.")
     await client.add_memory("ann", "three")
     assert await texts(client, "ann") == ["one", "two", "three"]
@@ -187,7 +194,7 @@ async def test_trouble_that_stays_ends_as_a_dead_letter(
     assert (letter.attempts, len(letter.history)) == (3, 2)
     server.clear_faults()
     replayed = await client.dead_letters.replay(letter)
-    assert (await replayed.result(10)).added == 1
+    assert (await replayed.result(30)).added == 1
     assert await texts(client, "ann") == ["tea"]
     server.api_key = "sk-another"
     with pytest.raises(BackendError, match="check the key"):
@@ -201,53 +208,14 @@ async def test_a_user_who_is_deleted_while_the_llm_thinks(
     with server.hold(CHAT):
         handle = await client.submit_add("ann", "old")
         await asyncio.to_thread(server.wait_for_request, CHAT)
-        began = time.monotonic()
-        await client.delete_memory("ann")
-        assert time.monotonic() - began < 2
+        await client.delete_memory("ann")  # while it is held
         assert await texts(client, "ann") == []
         newer = await client.submit_add("ann", "new")
         await asyncio.to_thread(server.wait_for_request, CHAT, 2)
-    assert (await handle.result(5)).added == 0
-    assert (await newer.result(5)).added == 1
+    assert (await handle.result(30)).added == 0
+    assert (await newer.result(30)).added == 1
     await asyncio.sleep(1)
     assert await texts(client, "ann") == ["new"]
-
-
-async def test_workers_that_are_killed_in_the_middle(
-    client: MemoryClient, start_mem0: StartMem0, server: OpenAIServer
-) -> None:
-    """Every fact once and in order, whatever was killed when."""
-    victim = await asyncio.to_thread(start_mem0)
-    await asyncio.to_thread(start_mem0)
-    server.latency[CHAT] = 0.3
-    handles = []
-    for round_ in range(3):
-        handles += await asyncio.gather(
-            *(client.submit_add(f"user-{n % 10}", f"{round_} {n:02}") for n in range(50))
-        )
-        await asyncio.to_thread(server.wait_for_request, CHAT, server.chats + 5)
-        await asyncio.to_thread(victim.kill)
-        await asyncio.to_thread(victim.start)
-    results = await asyncio.gather(*(handle.result(40) for handle in handles))
-    assert sum(each.added for each in results) == 150
-    for user in range(10):
-        wanted = [f"{round_} {n:02}" for round_ in range(3) for n in range(user, 50, 10)]
-        assert await texts(client, f"user-{user}") == wanted
-
-
-async def test_a_worker_that_is_stopped_does_not_wait_for_the_llm(
-    client: MemoryClient, start_mem0: StartMem0, server: OpenAIServer
-) -> None:
-    worker = await asyncio.to_thread(start_mem0, slow_patience=0.5)
-    server.hang(CHAT, 60, times=1)
-    handle = await client.submit_add("ann", "tea")
-    await state(handle, JobState.RUNNING)
-    began = time.monotonic()
-    await asyncio.to_thread(worker.stop)
-    assert time.monotonic() - began < 8
-    await asyncio.to_thread(start_mem0)
-    assert (await handle.result(15)).added == 1
-    assert await texts(client, "ann") == ["tea"]
 
 
 async def test_the_platform(
@@ -261,9 +229,10 @@ async def test_the_platform(
             mem0_api_key=platform.api_key,
         )
     )
-    handle = await client.submit_add("ann lee", ["I like tea", "and coffee"], "s")
-    await state(handle, JobState.RUNNING)
-    assert (await handle.result(10)).added == 2
+    with platform.hold("/v3/memories/add"):
+        handle = await client.submit_add("ann lee", ["I like tea", "and coffee"], "s")
+        await state(handle, JobState.RUNNING)
+    assert (await handle.result(30)).added == 2
     assert Counter(await texts(client, "ann lee")) == Counter(["I like tea", "and coffee"])
     (hit, *_) = await client.search("ann lee", "tea")
     assert (hit.message.text, hit.session_id) == ("I like tea", "s")
@@ -271,3 +240,39 @@ async def test_the_platform(
     assert await texts(client, "ann lee") == []
     platform.fail("/v3/memories/add", 429, times=1, headers={"Retry-After": "1"})
     assert (await client.add_memory("bob", "milk")).added == 1
+
+
+class TestWorkersThatEnd:
+    async def test_workers_that_are_killed_in_the_middle(
+        self, client: MemoryClient, start_mem0: StartMem0, server: OpenAIServer
+    ) -> None:
+        """Every fact once and in order, whatever was killed when."""
+        victim = await asyncio.to_thread(start_mem0)
+        await asyncio.to_thread(start_mem0)
+        server.latency[CHAT] = 0.3
+        handles = []
+        for round_ in range(3):
+            handles += await asyncio.gather(
+                *(client.submit_add(f"user-{n % 10}", f"{round_} {n:02}") for n in range(50))
+            )
+            await asyncio.to_thread(server.wait_for_request, CHAT, server.chats + 5)
+            await asyncio.to_thread(victim.kill)
+            await asyncio.to_thread(victim.start)
+        results = await asyncio.gather(*(handle.result(90) for handle in handles))
+        assert sum(each.added for each in results) == 150
+        for user in range(10):
+            wanted = [f"{round_} {n:02}" for round_ in range(3) for n in range(user, 50, 10)]
+            assert await texts(client, f"user-{user}") == wanted
+
+    async def test_a_worker_that_is_stopped_does_not_wait_for_the_llm(
+        self, client: MemoryClient, start_mem0: StartMem0, server: OpenAIServer
+    ) -> None:
+        worker = await asyncio.to_thread(start_mem0, slow_patience=0.5)
+        server.hang(CHAT, 100, times=1)
+        handle = await client.submit_add("ann", "tea")
+        await state(handle, JobState.RUNNING)
+        worker.signal(signal.SIGTERM)
+        await asyncio.to_thread(worker.wait)
+        await asyncio.to_thread(start_mem0)
+        assert (await handle.result(30)).added == 1
+        assert await texts(client, "ann") == ["tea"]

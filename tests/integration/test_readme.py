@@ -28,7 +28,7 @@ def test_its_program_runs(redis_worker: Worker) -> None:
         env=clean_environment(RECALLQ_NAMESPACE=redis_worker.namespace),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert run.returncode == 0, run.stderr
@@ -46,7 +46,7 @@ def test_its_commands_exist(line: str) -> None:
         env=clean_environment(COLUMNS="200"),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert run.returncode == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, cast
 
 import orjson
@@ -34,8 +34,14 @@ EXTRACTOR = "extractor"
 
 @pytest.fixture
 async def client(redis_url: str, namespace: str) -> AsyncIterator[MemoryClient]:
-    async with MemoryClient(redis_url, namespace=namespace) as memory:
+    async with MemoryClient(redis_url, namespace=namespace, timeout=60) as memory:
         yield memory
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[RedisClient]:
+    async with redis_at(redis_url) as redis:
+        yield redis
 
 
 @pytest.fixture
@@ -62,6 +68,42 @@ async def begun(client: MemoryClient, count: int) -> None:
         return len(await extractions(client)) >= count
 
     await eventually(enough)
+
+
+async def parked(client: MemoryClient, user: str, count: int) -> None:
+    """Waits until so many of a user's jobs have come to the slow lane, and are not answered."""
+    keys = client.transport.keys
+    async with redis_at(client.settings.redis_url) as redis:
+
+        async def there() -> bool:
+            return await redis.zcard(keys.waiting(keys.user_tag("default", user))) >= count
+
+        await eventually(there)
+
+
+async def release(client: MemoryClient) -> None:
+    """Lets go on what lasts ``until released``."""
+    async with redis_at(client.settings.redis_url) as redis:
+        await redis.set(f"{client.settings.namespace}:released", 1)
+
+
+async def until_settled(
+    client: MemoryClient, handles: Sequence[JobHandle], worker: Worker, deaths: int
+) -> None:
+    """Starts `worker` again whenever it has died, until all jobs have settled.
+
+    A dead worker's leases run out at once, instead of within seconds: nobody renews them.
+    """
+    async with redis_at(client.settings.redis_url) as redis:
+        while not all([(await each.status()).settled for each in handles]):
+            if not worker.is_alive():
+                assert deaths > 0, worker.output
+                deaths -= 1
+                slow = client.transport.keys.slow
+                for tag in await redis.zrange(slow, 0, -1):
+                    await redis.zadd(slow, {cast("bytes", tag): 0}, xx=True)
+                await asyncio.to_thread(worker.launch)
+            await asyncio.sleep(0.1)
 
 
 async def state(handle: JobHandle, wanted: JobState) -> None:
@@ -96,7 +138,7 @@ class TestMerging:
         handles = await asyncio.gather(
             *(client.submit_add(f"user-{n % 4}", f"text {n:03}", "s") for n in range(200))
         )
-        results = await asyncio.gather(*(each.result(20) for each in handles))
+        results = await asyncio.gather(*(each.result(60) for each in handles))
         assert sum(each.added for each in results) == 200
         assert all(each.added <= len(each.record_ids) for each in results)
         for user in range(4):
@@ -115,7 +157,7 @@ class TestMerging:
     async def test_sessions_are_extracted_apart(self, client: MemoryClient, worker: Worker) -> None:
         handles = [await client.submit_add("ann", f"{n}", f"s{n % 2}") for n in range(10)]
         for handle in handles:
-            await handle.result(10)
+            await handle.result(30)
         for each in await extractions(client):
             assert len({int(text) % 2 for text in each["texts"]}) == 1
         assert await texts(client, "ann") == [str(n) for n in range(10)]
@@ -124,25 +166,35 @@ class TestMerging:
     async def test_the_token_budget_bounds_an_extraction(
         self, client: MemoryClient, start_worker: StartWorker
     ) -> None:
-        await asyncio.to_thread(start_worker, backend=EXTRACTOR, slow_tokens=25)
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live")
         sizes = ["x" * 10, "y" * 10, "z" * 10, "large " * 20, "tail"]
         handles = [await client.submit_add("ann", text) for text in sizes]
-        results = [await handle.result(10) for handle in handles]
+        await parked(client, "ann", 5)
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="slow", slow_tokens=25)
+        results = [await handle.result(30) for handle in handles]
         assert [len(each["texts"]) for each in await extractions(client)] == [2, 1, 1, 1]
         assert [each.merged for each in results] == [2, 2, 1, 1, 1]
         assert [each.added for each in results] == [1 + 1, 0, 1, 1, 1]
 
     async def test_a_pause_lets_others_join(
-        self, client: MemoryClient, start_worker: StartWorker
+        self, client: MemoryClient, redis: RedisClient, start_worker: StartWorker
     ) -> None:
-        await asyncio.to_thread(start_worker, backend=EXTRACTOR, slow_pause=1.0)
+        """It is long here, and ends early; that it ends by itself, other tests show."""
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, slow_pause=120)
+        keys = client.transport.keys
+        ann = keys.user_tag("default", "ann")
         first = await client.submit_add("ann", "one")
-        await asyncio.sleep(0.5)
+        await parked(client, "ann", 1)
+        due = await redis.zscore(keys.slow, ann)
         second = await client.submit_add("ann", "two")
-        assert (await first.result(10)).merged == (await second.result(10)).merged == 2
-        began = time.monotonic()
+        await parked(client, "ann", 2)
+        assert await redis.zscore(keys.slow, ann) == due, "who joins puts it off"
         await client.add_memory("bob", "as it is", infer=False)  # nothing to wait for
-        assert time.monotonic() - began < 0.7
+        assert [each["user"] for each in await extractions(client)] == ["bob"]
+        assert due is not None
+        assert due / 1000 - time.time() <= 120
+        await redis.zadd(keys.slow, {ann: 0})
+        assert (await first.result(30)).merged == (await second.result(30)).merged == 2
 
 
 class TestSideBySide:
@@ -150,16 +202,14 @@ class TestSideBySide:
         self, client: MemoryClient, worker: Worker, namespace: str
     ) -> None:
         await client.add_memory("reader", "green tea")
-        began = time.monotonic()
-        handles = [await client.submit_add(f"user-{n}", f"sleep 2 {n}") for n in range(50)]
+        handles = [await client.submit_add(f"user-{n}", f"until released {n}") for n in range(50)]
         await begun(client, 51)
-        asked = time.monotonic()
-        for _ in range(20):
-            assert len(await client.search("reader", "tea", timeout=2)) == 1
-        assert time.monotonic() - asked < 1.5, "searches wait for extractions"
+        for _ in range(20):  # before any of the extractions has come to its end
+            assert len(await client.search("reader", "tea")) == 1
+        assert not any([(await handle.status()).settled for handle in handles])
+        await release(client)
         for handle in handles:
-            await handle.result(20)
-        assert time.monotonic() - began < 6
+            assert (await handle.result(30)).added == 1
         async with redis_at(client.settings.redis_url) as redis:
             assert await redis.zscore(f"{namespace}:most", "users") == 50
 
@@ -175,7 +225,7 @@ class TestSideBySide:
             handles.append(await client.submit_add("ann", f"sleep 0.05 {n:02}"))
             await asyncio.sleep(0.03)
         for handle in handles:
-            await handle.result(20)
+            await handle.result(60)
         said = [text for each in await extractions(client) for text in each["texts"]]
         assert said == [f"sleep 0.05 {n:02}" for n in range(30)]
         assert await texts(client, "ann") == said
@@ -195,7 +245,7 @@ class TestSideBySide:
             second = await client.submit_add("ann", "two")
             assert await redis.lrange(f"{namespace}.live", 0, -1)
         worker.signal(signal.SIGCONT)
-        assert (await first.result(20)).added + (await second.result(20)).added == 2
+        assert (await first.result(40)).added + (await second.result(40)).added == 2
         said = [text for each in await extractions(client) for text in each["texts"]]
         assert said == ["zero", "one", "two"]
 
@@ -204,19 +254,20 @@ class TestSideBySide:
     ) -> None:
         await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live")
         handle = await client.submit_add("ann", "tea")
-        await asyncio.sleep(1)
+        await parked(client, "ann", 1)
+        await asyncio.sleep(0.5)
         assert await handle.status() is JobState.QUEUED
         await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="slow")
-        assert (await handle.result(10)).added == 1
+        assert (await handle.result(30)).added == 1
 
     async def test_a_slow_user_does_not_hold_up_batch_mates(
         self, client: MemoryClient, worker: Worker
     ) -> None:
-        slow = asyncio.create_task(client.add_memory("slow", "sleep 4"))
-        began = time.monotonic()
+        slow = asyncio.create_task(client.add_memory("slow", "until released"))
         await asyncio.gather(*(client.add_memory(f"u{n}", "tea") for n in range(20)))
-        assert time.monotonic() - began < 2
-        await slow
+        assert not slow.done()
+        await release(client)
+        assert (await slow).added == 1
 
 
 class TestDeletion:
@@ -224,17 +275,16 @@ class TestDeletion:
     async def test_a_delete_does_not_wait_for_an_extraction_and_leaves_nothing_of_it(
         self, client: MemoryClient, worker: Worker, session: str | None
     ) -> None:
-        running = await client.submit_add("ann", "sleep 6 old", "s")
+        running = await client.submit_add("ann", "until released old", "s")
         waiting = await client.submit_add("ann", "old too", "s")
         await state(running, JobState.RUNNING)
-        began = time.monotonic()
         await client.delete_memory("ann", session)
-        assert time.monotonic() - began < 2
-        assert (await running.result(2)).added == 0
-        assert (await waiting.result(2)).added == 0
+        assert (await running.result(30)).added == 0
+        assert (await waiting.result(30)).added == 0
         assert (await client.add_memory("ann", "new", "s")).added == 1
         assert await texts(client, "ann") == ["new"]
-        await asyncio.sleep(6)  # by now the extraction would have come to its end
+        await release(client)
+        await asyncio.sleep(1)  # by now the extraction would have come to its end
         assert await texts(client, "ann") == ["new"]
         await nothing_is_left(client)
 
@@ -248,9 +298,9 @@ class TestDeletion:
             return await texts(client, "ann") != []
 
         await eventually(stored)
-        await client.delete_memory("ann", timeout=10)
+        await client.delete_memory("ann")
         assert await texts(client, "ann") == []
-        await handle.result(5)
+        await handle.result(30)
         await asyncio.sleep(1)
         assert await texts(client, "ann") == []
         await nothing_is_left(client)
@@ -258,21 +308,21 @@ class TestDeletion:
     async def test_another_sessions_adds_survive_it(
         self, client: MemoryClient, worker: Worker
     ) -> None:
-        old = await client.submit_add("ann", "sleep 1 old", "s")
+        old = await client.submit_add("ann", "until released old", "s")
         other = await client.submit_add("ann", "sleep 1 other", "t")
         await state(old, JobState.RUNNING)
         await client.delete_memory("ann", "s")
-        assert (await other.result(10)).added == 1
+        assert (await other.result(30)).added == 1
         assert await texts(client, "ann") == ["sleep 1 other"]
 
     async def test_what_was_deleted_while_it_waited_for_another_try(
         self, client: MemoryClient, worker: Worker
     ) -> None:
-        handle = await client.submit_add("ann", "fail 1 times, wait 30")
+        handle = await client.submit_add("ann", "fail 1 times, wait 200")
         await begun(client, 1)
-        await client.delete_memory("ann", timeout=5)
-        assert (await handle.result(2)).added == 0
-        assert (await client.add_memory("ann", "new", timeout=5)).added == 1
+        await client.delete_memory("ann")
+        assert (await handle.result(30)).added == 0
+        assert (await client.add_memory("ann", "new")).added == 1
         assert await texts(client, "ann") == ["new"]
 
     @pytest.mark.parametrize("how", ["cancelled", "expired"])
@@ -282,43 +332,53 @@ class TestDeletion:
         """From the moment on that it reaches the slow lane, older adds are refused."""
         await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live")
         old = await client.submit_add("ann", "old")
-        await asyncio.sleep(0.5)
-        delete = await client.submit_delete("ann", timeout=1 if how == "expired" else None)
+        await parked(client, "ann", 1)
+        deadline = time.time() + 5
+        delete = await client.submit_delete("ann", timeout=5 if how == "expired" else None)
         await state(delete, JobState.RUNNING)
         if how == "cancelled":
             assert not await delete.cancel()
         else:
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(deadline + 0.5 - time.time())
         await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="slow")
-        assert (await delete.result(10)).removed == 0
-        assert (await old.result(10)).added == 0
+        assert (await delete.result(30)).removed == 0
+        assert (await old.result(30)).added == 0
         await nothing_is_left(client)
 
     async def test_a_delete_goes_before_the_rest_of_what_waits(
         self, client: MemoryClient, worker: Worker
     ) -> None:
-        handles = [await client.submit_add("ann", f"slow store 1.5 {n}", f"s{n}") for n in range(8)]
+        first = await client.submit_add("ann", "slow store 1.5", "s0")
         await begun(client, 1)
-        began = time.monotonic()
-        await client.delete_memory("ann", "s0", timeout=10)
-        assert time.monotonic() - began < 4
-        for handle in handles:
+        handles = [await client.submit_add("ann", f"until released {n}", f"s{n}") for n in range(8)]
+        await client.delete_memory("ann", "s0")
+        assert not any([(await handle.status()).settled for handle in handles[1:]])
+        await release(client)
+        for handle in (first, *handles):
             await handle.result(30)
         assert len(await texts(client, "ann")) == 7
 
     async def test_many_deletes_of_a_user_for_whom_much_waits(
-        self, client: MemoryClient, start_worker: StartWorker
+        self, client: MemoryClient, redis: RedisClient, start_worker: StartWorker
     ) -> None:
+        async def seconds_of_redis() -> float:
+            info = await redis.info("cpu")
+            return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
+
         await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live")
         adds = await asyncio.gather(
             *(client.submit_add("ann", "x" * 500, f"s{n % 100}") for n in range(2000))
         )
+        await parked(client, "ann", 2000)
+        await redis.slowlog_reset()
+        used = -await seconds_of_redis()
         deletes = await asyncio.gather(*(client.submit_delete("ann", f"s{n}") for n in range(64)))
         for delete in deletes:
             await state(delete, JobState.RUNNING)
-        async with redis_at(client.settings.redis_url) as redis:
-            slowest = max([each["duration"] for each in await redis.slowlog_get(128)], default=0)
-        assert slowest < 300_000, "microseconds in one script"
+        used += await seconds_of_redis()
+        slowest = max([each["duration"] for each in await redis.slowlog_get(128)], default=0)
+        # One that took long without using the processor was only interrupted.
+        assert slowest < 300_000 or used < 0.3, "microseconds in one script"
         await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="slow")
         results = [await each.result(60) for each in adds]
         assert sum(each.added for each in results) == 2000 - 64 * 20
@@ -330,7 +390,7 @@ class TestFailing:
         first = await client.submit_add("ann", "fail 3 times")
         await begun(client, 1)
         second = await client.submit_add("ann", "after it")
-        assert (await first.result(20)).added + (await second.result(20)).added == 2
+        assert (await first.result(30)).added + (await second.result(30)).added == 2
         assert await texts(client, "ann") == ["fail 3 times", "after it"]
 
     async def test_one_that_fails_for_good_does_not_take_others_with_it(
@@ -339,15 +399,45 @@ class TestFailing:
         handles = [
             await client.submit_add("ann", text) for text in ("one", "please refuse", "three")
         ]
-        assert (await handles[0].result(10)).added == 1
+        assert (await handles[0].result(30)).added == 1
         with pytest.raises(BackendError, match="refused, as told"):
-            await handles[1].result(10)
+            await handles[1].result(30)
         assert await handles[1].status() is JobState.DEAD
-        assert (await handles[2].result(10)).added == 1
+        assert (await handles[2].result(30)).added == 1
         assert await texts(client, "ann") == ["one", "three"]
         (letter,) = await client.dead_letters.list("ann")
         assert letter.id == handles[1].id
         assert letter.error == "refused, as told"
+        await nothing_is_left(client)
+
+    async def test_a_failure_is_told_while_others_wait_for_what_is_on_its_way(
+        self, client: MemoryClient, redis: RedisClient, start_worker: StartWorker
+    ) -> None:
+        """What was extracted together is told, and not tried for as long as the others wait."""
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live")
+        bad = await client.submit_add("ann", "please refuse")
+        good = await client.submit_add("ann", "fine")
+        # An add that does not come, submitted before the last: late enough to be waited for as
+        # long as the test likes.
+        place = client.next_order() + 600_000_000
+        keys = client.transport.keys
+        coming = keys.coming(keys.user_tag("default", "ann"))
+        await redis.zadd(coming, {"0123456789abcdef-1-0": place})
+        last = await client.submit_add("ann", "last", order=place + 1)
+        await parked(client, "ann", 3)
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="slow", retry_base=0.2)
+        with pytest.raises(BackendError, match="refused, as told"):
+            await bad.result(20)
+        assert await bad.status() is JobState.DEAD
+        assert (await good.result(20)).added == 1
+        await asyncio.sleep(0.5)  # it is looked again and again whether the other has come
+        assert await last.status() is JobState.QUEUED
+        said = [each["texts"] for each in await extractions(client)]
+        assert said == [["please refuse", "fine"], ["please refuse"], ["fine"]]
+        await redis.zrem(coming, "0123456789abcdef-1-0")
+        assert (await last.result(30)).added == 1
+        assert await texts(client, "ann") == ["fine", "last"]
+        assert len(await extractions(client)) == 4
         await nothing_is_left(client)
 
     async def test_one_by_one_keeps_the_order_too(
@@ -356,9 +446,9 @@ class TestFailing:
         said = ["please refuse", "fail 1 times", "last"]
         handles = await asyncio.gather(*(client.submit_add("ann", text) for text in said))
         with pytest.raises(BackendError):
-            await handles[0].result(10)
+            await handles[0].result(30)
         for handle in handles[1:]:
-            await handle.result(10)
+            await handle.result(30)
         assert await texts(client, "ann") == said[1:]
         order = [text for each in await extractions(client) for text in each["texts"]]
         assert order[-2:] == ["fail 1 times", "last"]
@@ -369,10 +459,11 @@ class TestFailing:
         handle = await client.submit_add("ann", "fail 9 times, wait 4")
         await begun(client, 1)
         for n in range(3):
-            await client.delete_memory("ann", f"other {n}", timeout=5)
-        assert len(await extractions(client)) == 1
+            await client.delete_memory("ann", f"other {n}")
         assert not (await handle.status()).settled
         await begun(client, 2)
+        first, second, *_ = [each["at"] for each in await extractions(client)]
+        assert second - first >= 3.9  # it asks for the wait a moment after it began
 
     async def test_what_can_neither_be_stored_nor_found_is_given_up(
         self, client: MemoryClient, start_worker: StartWorker
@@ -380,7 +471,7 @@ class TestFailing:
         await asyncio.to_thread(start_worker, backend=EXTRACTOR, retry_base=0.05)
         handle = await client.submit_add("ann", "bad store bad recover")
         with pytest.raises(BackendError, match="as told"):
-            await handle.result(10)
+            await handle.result(30)
         assert len(await extractions(client)) == 1
         assert await handle.status() is JobState.DEAD
         await nothing_is_left(client)
@@ -391,16 +482,10 @@ class TestFailing:
         worker = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
         handle = await client.submit_add("ann", "die half way, die in recover")
         other = await client.submit_add("ann", "behind it")
-        deaths = 0
-        while not (await handle.status()).settled:
-            assert deaths < 8
-            if not worker.is_alive():
-                deaths += 1
-                await asyncio.to_thread(worker.start)
-            await asyncio.sleep(0.2)
+        await until_settled(client, [handle], worker, deaths=8)
         # Looking is given up. What was half stored may be there twice; nobody's message is lost.
-        assert (await handle.result(5)).record_ids
-        assert (await other.result(10)).record_ids
+        assert (await handle.result(30)).record_ids
+        assert (await other.result(30)).record_ids
         assert "not looked" in worker.output
 
     async def test_attempts_run_out_and_are_told(
@@ -424,9 +509,9 @@ class TestFailing:
         await state(handle, JobState.DEAD)
         (letter,) = await client.dead_letters.list("ann")
         once = await client.dead_letters.replay(letter)
-        assert (await once.result(10)).added == 1
+        assert (await once.result(30)).added == 1
         twice = await client.dead_letters.replay(letter)
-        assert (await twice.result(10)).added == 0
+        assert (await twice.result(30)).added == 0
         assert await texts(client, "ann") == ["fail 1 times"]
         assert first.is_alive()
 
@@ -435,17 +520,11 @@ class TestFailing:
     ) -> None:
         worker = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
         handles = [await client.submit_add("ann", text) for text in ("one", "exit", "three")]
-        deaths = 0
-        while not all([(await each.status()).settled for each in handles]):
-            assert deaths < 10
-            if not worker.is_alive():
-                deaths += 1
-                await asyncio.to_thread(worker.start)
-            await asyncio.sleep(0.2)
+        await until_settled(client, handles, worker, deaths=10)
         with pytest.raises(WorkerLost):
-            await handles[1].result(5)
-        assert (await handles[0].result(5)).added == 1
-        assert (await handles[2].result(5)).added == 1
+            await handles[1].result(30)
+        assert (await handles[0].result(30)).added == 1
+        assert (await handles[2].result(30)).added == 1
         assert await texts(client, "ann") == ["one", "three"]
         await nothing_is_left(client)
 
@@ -456,19 +535,21 @@ class TestOnce:
         self, client: MemoryClient, start_worker: StartWorker, moment: str
     ) -> None:
         """Nothing is lost, nothing doubled, and the order kept, whenever it dies."""
-        victim = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
-        handles = [
-            await client.submit_add("ann", text)
-            for text in ("one", f"die {moment}", "three", "four")
-        ]
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live")
+        said = ["one", f"until released die {moment}", "three", "four"]
+        handles = [await client.submit_add("ann", text) for text in said]
+        await parked(client, "ann", 4)  # to be extracted together
+        victim = await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="slow")
+        await begun(client, 1)
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="slow")
+        await release(client)
         await asyncio.to_thread(victim.wait)
         killed = time.monotonic()
         later = await client.submit_add("ann", "five")
-        await asyncio.to_thread(start_worker, backend=EXTRACTOR)
-        results = [await handle.result(20) for handle in handles]
-        assert time.monotonic() - killed < 10
-        assert sum(each.added for each in [*results, await later.result(10)]) == 5
-        assert await texts(client, "ann") == ["one", f"die {moment}", "three", "four", "five"]
+        results = [await handle.result(60) for handle in handles]
+        assert time.monotonic() - killed < 20  # what is idle takes it up after 5
+        assert sum(each.added for each in [*results, await later.result(30)]) == 5
+        assert await texts(client, "ann") == [*said, "five"]
         calls = [each for each in await extractions(client) if "one" in each["texts"]]
         assert len(calls) == (1 if moment == "after storing" else 2)
         await nothing_is_left(client)
@@ -478,16 +559,18 @@ class TestOnce:
     ) -> None:
         """By the time it goes on, somebody else has done its work."""
         victim = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
-        handle = await client.submit_add("ann", "sleep 1.5 once")
+        handle = await client.submit_add("ann", "until released once")
         await state(handle, JobState.RUNNING)
         victim.signal(signal.SIGSTOP)
         try:
             await asyncio.to_thread(start_worker, backend=EXTRACTOR)
-            assert (await handle.result(20)).added == 1
+            await begun(client, 2)
+            await release(client)
+            assert (await handle.result(30)).added == 1
         finally:
             victim.signal(signal.SIGCONT)
         await asyncio.sleep(3)
-        assert await texts(client, "ann") == ["sleep 1.5 once"]
+        assert await texts(client, "ann") == ["until released once"]
         assert victim.is_alive()
         await nothing_is_left(client)
 
@@ -511,14 +594,18 @@ class TestOnce:
     ) -> None:
         options = {"backend": EXTRACTOR, "slow_patience": patience}
         victim = await asyncio.to_thread(lambda: start_worker(**options))
-        handle = await client.submit_add("ann", "sleep 3")
+        handle = await client.submit_add("ann", "until released")
         await state(handle, JobState.RUNNING)
         await asyncio.to_thread(lambda: start_worker(**options))
-        began = time.monotonic()
-        await asyncio.to_thread(victim.stop)
-        assert time.monotonic() - began < 8
-        assert (await handle.result(10)).added == 1
-        assert await texts(client, "ann") == ["sleep 3"]
+        victim.signal(signal.SIGTERM)
+        if calls == 1:
+            await asyncio.sleep(1)
+            await release(client)
+        await asyncio.to_thread(victim.wait)
+        await begun(client, calls)
+        await release(client)
+        assert (await handle.result(30)).added == 1
+        assert await texts(client, "ann") == ["until released"]
         assert len(await extractions(client)) == calls
         await nothing_is_left(client)
 
@@ -527,79 +614,84 @@ class TestHandles:
     async def test_waiting_is_queued_and_extracting_is_running(
         self, client: MemoryClient, worker: Worker
     ) -> None:
-        first = await client.submit_add("ann", "sleep 2")
+        first = await client.submit_add("ann", "until released")
         await state(first, JobState.RUNNING)
         second = await client.submit_add("ann", "behind it")
-        await asyncio.sleep(0.5)
+        await parked(client, "ann", 2)
         assert await second.status() is JobState.QUEUED
-        await second.result(10)
+        await release(client)
+        await second.result(30)
         assert await second.status() is JobState.SUCCEEDED
 
     async def test_cancelled_while_it_waits(self, client: MemoryClient, worker: Worker) -> None:
-        first = await client.submit_add("ann", "sleep 2")
+        first = await client.submit_add("ann", "until released")
         await state(first, JobState.RUNNING)
         second = await client.submit_add("ann", "not this")
-        await asyncio.sleep(0.3)
+        await parked(client, "ann", 2)
         assert await second.cancel()
         with pytest.raises(JobCancelled):
-            await second.result(5)
-        await first.result(10)
-        assert await texts(client, "ann") == ["sleep 2"]
+            await second.result(30)
+        await release(client)
+        await first.result(30)
+        assert await texts(client, "ann") == ["until released"]
         await nothing_is_left(client)
 
     async def test_cancelled_while_it_is_extracted(
         self, client: MemoryClient, worker: Worker
     ) -> None:
-        handle = await client.submit_add("ann", "sleep 20")
+        handle = await client.submit_add("ann", "until released")  # never, that is
         await state(handle, JobState.RUNNING)
         assert not await handle.cancel()
         with pytest.raises(JobCancelled):
-            await handle.result(5)
+            await handle.result(30)
         assert await texts(client, "ann") == []
         await nothing_is_left(client)
 
     async def test_cancelled_between_two_attempts_it_is_not_tried_again(
         self, client: MemoryClient, worker: Worker
     ) -> None:
-        handle = await client.submit_add("ann", "sleep 0.5 fail 9 times, wait 1")
+        handle = await client.submit_add("ann", "until released fail 9 times, wait 1")
         await state(handle, JobState.RUNNING)
         await handle.cancel()
+        await release(client)
         with pytest.raises(JobCancelled):
-            await handle.result(10)
+            await handle.result(30)
         assert len(await extractions(client)) == 1
         await nothing_is_left(client)
 
     async def test_cancelled_while_it_is_looked_for_it_is_stored_once(
-        self, client: MemoryClient, start_worker: StartWorker
+        self, client: MemoryClient, redis: RedisClient, namespace: str, start_worker: StartWorker
     ) -> None:
         victim = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
-        handle = await client.submit_add("ann", "die after storing, slow recover 3")
+        handle = await client.submit_add("ann", "die after storing, recover later")
         await asyncio.to_thread(victim.wait)
         await asyncio.to_thread(start_worker, backend=EXTRACTOR)
-        await asyncio.sleep(6)
+
+        async def looking() -> bool:
+            return await redis.get(f"{namespace}:recoveries") is not None
+
+        await eventually(looking)
         assert not await handle.cancel()
-        assert (await handle.result(10)).added == 1
+        await asyncio.sleep(2)  # long enough for the worker to hear of it
+        assert not (await handle.status()).settled
+        await release(client)
+        assert (await handle.result(30)).added == 1
         assert len(await texts(client, "ann")) == 1
         await nothing_is_left(client)
 
     async def test_a_deadline_that_passes_while_it_waits(
         self, client: MemoryClient, worker: Worker
     ) -> None:
-        first = await client.submit_add("ann", "sleep 3")
+        first = await client.submit_add("ann", "until released")
         await state(first, JobState.RUNNING)
         late = await client.submit_add("ann", "too late", timeout=1)
         with pytest.raises(JobExpired):
-            await late.result(10)
-        await first.result(10)
+            await late.result(30)
+        await release(client)
+        await first.result(30)
         await asyncio.sleep(0.5)
-        assert await texts(client, "ann") == ["sleep 3"]
+        assert await texts(client, "ann") == ["until released"]
         await nothing_is_left(client)
-
-
-@pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator[RedisClient]:
-    async with redis_at(redis_url) as redis:
-        yield redis
 
 
 class TestLostReplies:
@@ -688,7 +780,7 @@ class TestElsewhere:
             ) as client:
                 handles = [await client.submit_add("ann", f"{n}") for n in range(30)]
                 for handle in handles:
-                    await handle.result(10)
+                    await handle.result(30)
                 assert await texts(client, "ann") == [str(n) for n in range(30)]
                 await client.delete_memory("ann")
                 assert await texts(client, "ann") == []

@@ -25,7 +25,7 @@ def refused(**variables: str) -> str:
         [sys.executable, "-m", "recallq_worker", "worker"],
         env=clean_environment(**variables),
         capture_output=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert run.returncode == 1
@@ -67,7 +67,7 @@ class TestRefusals:
             [sys.executable, "-m", "recallq_worker", "worker", "--lanes", "fast"],
             env=clean_environment(RECALLQ_REDIS_URL=redis_url),
             capture_output=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
         assert run.returncode == 1
@@ -88,13 +88,19 @@ class TestTheInMemoryBackend:
     def test_after_a_stop_or_a_kill_the_next_may_start_at_once(
         self, start_worker: Callable[..., Worker]
     ) -> None:
-        first = start_worker(backend="in_memory")
-        first.stop()
-        second = start_worker(backend="in_memory")
-        second.kill()
-        began = time.monotonic()
-        start_worker(backend="in_memory")
-        assert time.monotonic() - began < 8  # less than the lease lasts
+        usual = -time.monotonic()
+        worker = start_worker(backend="in_memory")
+        usual += time.monotonic()
+        worker.stop()
+        worker = start_worker(backend="in_memory")
+        took: list[float] = []
+        # Where the machine stalls for a while, once is enough.
+        while not took or (took[-1] >= usual + 5 and len(took) < 3):
+            worker.kill()
+            began = time.monotonic()
+            worker = start_worker(backend="in_memory")
+            took.append(time.monotonic() - began)
+        assert took[-1] < usual + 5  # the lease of who was killed lasts for seven more at least
 
 
 class TestPlainCelery:
@@ -111,14 +117,14 @@ class TestPlainCelery:
 
         async def work() -> None:
             async with MemoryClient(redis_url, namespace=namespace) as client:
-                await client.add_memory("u", "tea", timeout=20)
+                await client.add_memory("u", "tea", timeout=60)
                 assert [each.lanes for each in await client.workers()] == [["live"]]
 
         try:
             asyncio.run(work())
         finally:
             process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=20)
+            process.communicate(timeout=60)
         assert process.returncode == 0
 
     def test_processes_instead_of_threads_share_a_backend_that_can(
@@ -135,7 +141,7 @@ class TestPlainCelery:
         )  # fmt: skip
 
         async def work() -> None:
-            async with MemoryClient(redis_url, namespace=namespace, timeout=30) as client:
+            async with MemoryClient(redis_url, namespace=namespace, timeout=60) as client:
                 added = await asyncio.gather(
                     *(client.add_memory(f"u{n}", f"tea {n}") for n in range(200))
                 )
@@ -150,7 +156,7 @@ class TestPlainCelery:
             asyncio.run(work())
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
+            process.wait(timeout=60)
         assert process.returncode == 0
 
     def test_a_killed_process_among_them_loses_nothing(
@@ -173,26 +179,28 @@ class TestPlainCelery:
 
         async def work() -> None:
             async with MemoryClient(redis_url, namespace=namespace) as client:
-                handle = await client.submit_add("u", "sleep 3")
+                handle = await client.submit_add("u", "until released")
 
                 async def running() -> bool:
                     return await handle.status() is JobState.RUNNING
 
-                await eventually(running, 20)
+                await eventually(running, 60)
                 async with redis_at(redis_url) as redis:
                     batch = Keys(namespace).batch(handle.id.rpartition("-")[0])
                     worker_id = str(await redis.hget(batch, "w"))
                 child = int(worker_id.split("-")[-2])
                 assert child in [each.pid for each in psutil.Process(parent.pid).children()]
                 os.kill(child, signal.SIGKILL)
-                assert (await handle.result(30)).added == 1
+                async with redis_at(redis_url) as redis:
+                    await redis.set(f"{namespace}:released", 1)
+                assert (await handle.result(60)).added == 1
                 assert len(await client.list_memory("u")) == 1
 
         try:
             asyncio.run(work())
         finally:
             parent.send_signal(signal.SIGTERM)
-            parent.wait(timeout=30)
+            parent.wait(timeout=60)
 
 
 class TestScalingOut:
@@ -226,14 +234,14 @@ class TestScalingOut:
             assert (await client.add_memory(user, "bulk", lane="bulk")).added == 1
             assert (await handle.status()).value == "queued"
             await asyncio.to_thread(start_worker, lanes="live")
-            assert (await handle.result(10)).added == 1
+            assert (await handle.result(30)).added == 1
 
 
 class TestOutlivingRedis:
     def test_an_idle_worker_works_on_after_a_restart_of_redis(self, namespace: str) -> None:
         async def work(url: str) -> None:
             async with MemoryClient(url, namespace=namespace) as client:
-                assert (await client.add_memory("u", "tea", timeout=30)).added == 1
+                assert (await client.add_memory("u", "tea", timeout=60)).added == 1
 
         with EmbeddedRedis() as server, Worker(server.url, namespace=namespace) as worker:
             asyncio.run(work(server.url))
@@ -277,11 +285,11 @@ class TestTheFactory:
         )
         try:
             async with MemoryClient(redis_url, namespace=namespace) as client:
-                await client.add_memory(user, ["one", "two", "three"], timeout=20)
+                await client.add_memory(user, ["one", "two", "three"], timeout=60)
                 found = await client.list_memory(user)
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
         assert [message.text for message in found] == ["two", "three"]
 
 

@@ -142,7 +142,7 @@ class LoopbackServer(Faults, ABC):
         self._requests.clear()
         self._most_in_flight = self.in_flight
 
-    def wait_for_request(self, path_part: str, count: int = 1, timeout: float = 10.0) -> Received:
+    def wait_for_request(self, path_part: str, count: int = 1, timeout: float = 30.0) -> Received:
         """Blocks until the `count`-th matching request has arrived, and returns it.
 
         On an event loop: ``await asyncio.to_thread(server.wait_for_request, ...)``.

@@ -5,6 +5,10 @@ operation last two seconds, ``fail 3 times`` makes it unavailable so often befor
 ``wait 2`` asks for that many seconds), ``refuse``, ``unavailable`` and ``explode`` make it fail in
 the three ways a backend can, and ``exit`` ends the worker process at once.
 
+Where they keep memories in Redis, ``until released`` makes an operation last until the test has set
+``<namespace>:released``: what a test does before that happens while the operation runs, however
+slow the machine is.
+
 `ObedientStore` keeps memories in the process. `SlowRedisStore` keeps them in Redis, where it also
 counts the calls in which it stored something (``<namespace>:calls``), and does not ``refuse`` any
 more once ``<namespace>:allowed`` is there.
@@ -15,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import time
 import uuid
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -26,6 +31,7 @@ from recallq.contract import Scope
 from recallq.errors import BackendError, BackendUnavailable
 from recallq.keys import escape
 from recallq.messages import message_text
+from recallq.redis_client import RedisClient
 from recallq_worker.backends.base import Added, Extracted, Hit, Journal, Record, Submission
 from recallq_worker.backends.in_memory import InMemoryStore
 from recallq_worker.backends.redis import RedisStore
@@ -60,6 +66,7 @@ class SlowRedisStore(RedisStore):
         allowed = await self._redis.exists(f"{self._keys.namespace}:allowed")
         for record in records:
             text = message_text(record.message)
+            await _released(self._redis, self._keys.namespace, text)
             await _obey(text.replace("refuse", "") if allowed else text)
         return await super().add(records)
 
@@ -68,6 +75,11 @@ class SlowRedisStore(RedisStore):
     ) -> list[Hit]:
         await _obey(query)
         return await super().search(scope, query, top_k=top_k, score_threshold=score_threshold)
+
+
+async def _released(redis: RedisClient, namespace: str, text: str) -> None:
+    while "until released" in text and not await redis.exists(f"{namespace}:released"):
+        await asyncio.sleep(0.1)
 
 
 async def _obey(text: str) -> None:
@@ -93,13 +105,14 @@ async def _obey(text: str) -> None:
 
 class ObedientExtractor(RedisStore):
     """An extractor that makes one memory of each message, with an id of its own each time, and
-    keeps it in Redis. What each of its extractions was about, it lists in
+    keeps it in Redis. What each of its extractions was about, and when it began, it lists in
     ``<namespace>:extractions``, and which users' ran at once at the most in ``<namespace>:most``.
+    How often it began to look what was stored, ``<namespace>:recoveries`` counts.
 
     ``die before storing``, ``die half way`` and ``die after storing`` end the worker process at
     these moments, the first time, and ``die in recover`` each time. ``bad store``, ``bad recover``,
     ``slow store 2`` and ``slow recover 2`` say what happens while it stores, and while it looks
-    what was stored.
+    what was stored; ``recover later`` makes it look for as long as it is not released.
     """
 
     name: ClassVar[str] = "extractor"
@@ -122,13 +135,16 @@ class ObedientExtractor(RedisStore):
     async def extract(self, submissions: Sequence[Submission], journal: Journal) -> list[Extracted]:
         scope, texts = submissions[0].scope, _texts(submissions)
         namespace = self._keys.namespace
-        started = {"user": scope.user_id, "session": scope.session_id, "texts": texts}
+        started = {
+            "user": scope.user_id, "session": scope.session_id, "texts": texts, "at": time.time()
+        }  # fmt: skip
         assert scope.user_id not in self._running, "two extractions of one user at once"
         self._running.add(scope.user_id)
         try:
             await self._redis.rpush(f"{namespace}:extractions", orjson.dumps(started))
             await self._redis.zadd(f"{namespace}:most", {"users": len(self._running)}, gt=True)
             for text in texts:
+                await _released(self._redis, namespace, text)
                 await _obey(text)
             records = [
                 Record(uuid.uuid4().hex, each.scope, each.order, each.epoch, message)
@@ -164,8 +180,10 @@ class ObedientExtractor(RedisStore):
     async def recover(
         self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
-        ids, base = intent["ids"], intent["base"]
+        ids, base, namespace = intent["ids"], intent["base"], self._keys.namespace
+        await self._redis.incr(f"{namespace}:recoveries")
         for text in intent["texts"]:
+            await _released(self._redis, namespace, "until released" * ("recover later" in text))
             if "bad recover" in text:
                 raise BackendError("not found, as told")
             if "die in recover" in text:

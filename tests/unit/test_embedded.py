@@ -52,7 +52,7 @@ def ask(url: str, *command: str) -> Any:
         return client.execute_command(*command)
 
 
-def poll(condition: Callable[[], bool], what: str, timeout: float = 10) -> None:
+def poll(condition: Callable[[], bool], what: str, timeout: float = 30) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s for {what}"

@@ -125,7 +125,7 @@ def checkpoint_of(file: Path) -> dict[str, Any]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -523,7 +523,7 @@ async def test_interruption_ends_even_while_a_pipe_is_silent() -> None:
         await asyncio.sleep(0.01)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await running
         os.close(writing)
         await until(lambda: all(t.name != "recallq-ingest-read" for t in threading.enumerate()))

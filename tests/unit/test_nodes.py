@@ -96,7 +96,7 @@ def is_running(pid: int) -> bool:
 
 
 def poll(condition: Callable[[], bool], what: str) -> None:
-    poll_until(condition, 10, what)
+    poll_until(condition, 30, what)
 
 
 def pid_of(container: LocalContainer) -> int:

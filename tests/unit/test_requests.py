@@ -554,10 +554,10 @@ def test_order_keys_rise_even_when_the_clock_goes_back(requests: Requests, clock
 def test_the_uncalibrated_clock_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until Redis was asked, and unmoved by a step of the wall clock afterwards."""
     clock = FleetClock()
-    assert abs(clock.now() - time.time()) < 1
+    assert abs(clock.now() - time.time()) < 60
     before = clock.now()
     monkeypatch.setattr(time, "time_ns", lambda: 0)
-    assert 0 <= clock.now() - before < 1
+    assert 0 <= clock.now() - before < 60
 
 
 # --- lanes --------------------------------------------------------------------------------------
