@@ -20,7 +20,7 @@ from recallq_worker.backends.base import MemoryBackend
 GROUP = "recallq.backends"
 _DISTRIBUTION = "recallq"
 
-_EXTRAS = {"in_memory": "worker", "redis": "worker", "mem0": "mem0"}
+_EXTRAS = {"in_memory": "worker", "redis": "worker", "mem0": "mem0", "tablestore": "tablestore"}
 """The extra that brings what a built-in backend needs."""
 
 
