@@ -1,4 +1,4 @@
-"""What several kinds of tests need: real worker processes, and waiting for conditions."""
+"""What several kinds of tests need: real workers, the command line, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ READY = "recallq worker ready"
 
 PATIENCE = 30.0
 """Seconds that tests wait, at the most, for what should come soon: the machine may stall."""
+
+RECALLQ = str(Path(sys.executable).with_name("recallq"))
 
 SETTINGS = ("RECALLQ_", "MEMORY_", "OPENAI_", "OPENROUTER_", "DASHSCOPE_", "MEM0_")
 """How variables begin that would reach into tests from a developer's environment."""
@@ -140,6 +142,47 @@ class Worker:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class Shell:
+    """Runs ``recallq`` with a home of its own."""
+
+    def __init__(self, home: Path, **variables: str) -> None:
+        self.environment = clean_environment(
+            XDG_DATA_HOME=str(home), HOME=str(home), COLUMNS="200", **variables
+        )
+
+    def __call__(
+        self, *arguments: str, code: int = 0, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        run = subprocess.run(
+            [RECALLQ, *arguments],
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "Traceback" not in run.stderr, run.stderr
+        assert run.returncode == code, (run.args, run.stdout, run.stderr)
+        return run
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [RECALLQ, *arguments],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def one_line(run: subprocess.CompletedProcess[str]) -> str:
+    """The single line that a failed command wrote to standard error."""
+    lines = run.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
 
 
 async def eventually(

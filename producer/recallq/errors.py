@@ -55,7 +55,7 @@ class MissingExtra(ConfigurationError):
 
 
 class ServiceUnavailable(RecallQError, ConnectionError):
-    """Redis (broker, coordination or result backend) cannot be reached."""
+    """Redis (broker, coordination or result backend) cannot be reached, or what an import reads."""
 
 
 class QueueFull(RecallQError):

@@ -9,7 +9,6 @@ import pty
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,43 +17,7 @@ import psutil
 import pytest
 
 from recallq import sample
-from tests.support import Worker, clean_environment, redis_at
-
-RECALLQ = str(Path(sys.executable).with_name("recallq"))
-
-
-class Shell:
-    """Runs ``recallq`` with a home of its own."""
-
-    def __init__(self, home: Path, **variables: str) -> None:
-        self.environment = clean_environment(
-            XDG_DATA_HOME=str(home), HOME=str(home), COLUMNS="200", **variables
-        )
-
-    def __call__(
-        self, *arguments: str, code: int = 0, stdin: str | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        run = subprocess.run(
-            [RECALLQ, *arguments],
-            env=self.environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert "Traceback" not in run.stderr, run.stderr
-        assert run.returncode == code, (run.args, run.stdout, run.stderr)
-        return run
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [RECALLQ, *arguments],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+from tests.support import RECALLQ, Shell, Worker, one_line, redis_at
 
 
 @pytest.fixture
@@ -71,13 +34,6 @@ def shell(tmp_path: Path, redis_worker: Worker) -> Shell:
         RECALLQ_REDIS_URL=redis_worker.url,
         RECALLQ_NAMESPACE=redis_worker.namespace,
     )
-
-
-def one_line(run: subprocess.CompletedProcess[str]) -> str:
-    """The single line that a failed command wrote to standard error."""
-    lines = run.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 class TestTheFourCalls:
@@ -149,7 +105,7 @@ class TestWrongUse:
     def test_help_and_every_commands_help(self, bare: Shell) -> None:
         commands = bare("--help").stdout
         for name in ("demo", "up", "worker", "add", "search", "list", "delete", "ingest",
-                     "status", "doctor", "backends"):  # fmt: skip
+                     "import-tablestore", "status", "doctor", "backends"):  # fmt: skip
             assert name in commands
             assert bare(name, "--help").stdout
 

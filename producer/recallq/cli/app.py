@@ -8,6 +8,7 @@ import typer
 
 from recallq.cli import dead, memory, service, status
 from recallq.cli.demo import demo
+from recallq.cli.import_tablestore import import_tablestore
 from recallq.cli.ingest import ingest_command
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command("search")(memory.search)
 app.command("list")(memory.list_)
 app.command("delete")(memory.delete)
 app.command("ingest")(ingest_command)
+app.command("import-tablestore")(import_tablestore)
 app.add_typer(dead.app, name="dead", no_args_is_help=True)
 app.command("status")(status.status)
 app.command("doctor")(status.doctor)

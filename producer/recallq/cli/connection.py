@@ -19,7 +19,8 @@ from recallq.cli.stack import Stack, default_data_dir
 from recallq.client import MemoryClient
 from recallq.embedded import EmbeddedRedis
 from recallq.errors import ServiceUnavailable
-from recallq.settings import ENV_PREFIX
+from recallq.redis_client import redact
+from recallq.settings import ENV_PREFIX, ClientSettings
 
 UrlOption = Annotated[
     Optional[str],
@@ -46,6 +47,16 @@ def named_url() -> str | None:
 def running_url() -> str | None:
     """The URL of a running ``recallq up``."""
     return EmbeddedRedis.running(default_data_dir())
+
+
+def describe_target(url: str | None, tenant: str | None) -> str:
+    """Where `connect` leads and whose memory it is, for people to read; without credentials."""
+    settings = ClientSettings.load(redis_url=url or named_url(), tenant=tenant)
+    if url or is_named():
+        place = redact(settings.redis_url)
+    else:  # its address is another every time; its data is not
+        place = f"the embedded Redis in {default_data_dir()}"
+    return f"{place}, namespace {settings.namespace}, tenant {settings.tenant}"
 
 
 @asynccontextmanager

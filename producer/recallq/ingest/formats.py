@@ -62,6 +62,8 @@ class Turn:
     messages: list[Message]
     key: str
     """Idempotency key."""
+    order: int | None = None
+    """Its place in the listing where that is known; None gives it the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ def _single(value: dict[str, Any], number: int, defaults: Defaults) -> Turn:
     kept = {key: each for key, each in value.items() if key not in ("user_id", "session_id")}
     said = _said(kept, "message")
     own = _own_id(kept)
-    key = _key("line", number, kept) if own is None else _key("message", own, *_gist(said))
+    key = make_key("line", number, kept) if own is None else make_key("message", own, *gist(said))
     message, _ = _checked(said, "message")
     return Turn(user, session, [message], key)
 
@@ -253,17 +255,17 @@ def _conversation(value: dict[str, Any], name: str, number: int, defaults: Defau
     if own is None and not any(ids):
         return [
             Turn(user, session, [message for message, _ in checked[start:end]],
-                 _key("line", number, start, said[start:end]))
+                 make_key("line", number, start, said[start:end]))
             for start, end in _groups([size for _, size in checked])
         ]  # fmt: skip
     turns = []
     for index, (each, each_id, (message, _)) in enumerate(zip(said, ids, checked, strict=True)):
         if each_id is not None:
-            key = _key("message", each_id, *_gist(each))
+            key = make_key("message", each_id, *gist(each))
         elif own is not None:
-            key = _key("conversation", own, index, *_gist(each))
+            key = make_key("conversation", own, index, *gist(each))
         else:
-            key = _key("line", number, index, each)
+            key = make_key("line", number, index, each)
         turns.append(Turn(user, session, [message], key))
     return turns
 
@@ -383,7 +385,7 @@ def _from_sharegpt(value: dict[str, Any], where: str) -> dict[str, Any]:
 # --- identity -----------------------------------------------------------------------------------
 
 
-def _gist(said: dict[str, Any]) -> list[Any]:
+def gist(said: dict[str, Any]) -> list[Any]:
     """What a message says, whatever else was noted about it."""
     return [said.get(name) for name in ("role", "content", *_SAYS_WITHOUT_CONTENT)]
 
@@ -391,7 +393,7 @@ def _gist(said: dict[str, Any]) -> list[Any]:
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
-def _key(*parts: Any) -> str:
+def make_key(*parts: Any) -> str:
     return f"ingest-{_digest(parts)[:32]}"
 
 

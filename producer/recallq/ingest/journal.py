@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from recallq.errors import InvalidInput
+from recallq.ingest.feed import Feed
 from recallq.ingest.formats import Reject
 from recallq.ingest.source import READ_ERRORS, Source
 from recallq.ingest.stream import Position
@@ -51,7 +52,7 @@ class Journal:
 
     def __init__(
         self,
-        source: Source,
+        source: Feed,
         rejects: Path | None = None,
         *,
         resume: bool = False,
@@ -65,7 +66,7 @@ class Journal:
         Raises `InvalidInput`: there is nowhere to write rejects to, or the source is not what the
         checkpoint says.
         """
-        self.rejects = rejects or _default_rejects(source)
+        self.rejects = rejects or source.default_rejects
         self.start = Position()
         self.rejected_earlier = 0
         self.warning: str | None = None
@@ -73,9 +74,11 @@ class Journal:
         self.source = source
         self._shared = shared
         self._target = target
+        self._log = source if isinstance(source, Source) else None
+        """The source, if it is one that a checkpoint can be of."""
         self._path: Path | None = None
-        if checkpoint and source.resumable and source.path is not None:
-            self._path = source.path.with_name(f"{source.path.name}.recallq-ingest.json")
+        if checkpoint and self._log is not None and self._log.resumable and self._log.path:
+            self._path = self._log.path.with_name(f"{self._log.path.name}.recallq-ingest.json")
         self._found = self._load() if resume else None
         self._fresh_rejects = first and not resume if shared else self._found is None
         self._mark = self.start
@@ -178,9 +181,10 @@ class Journal:
 
     def _write_checkpoint(self, mark: Position, rejected: int, complete: bool) -> None:
         assert self._path is not None  # keeps_checkpoint
+        assert self._log is not None
         head = min(mark.offset, _HEAD_BYTES)
         if self._head[0] != head:
-            self._head = (head, self.source.head_digest(head))
+            self._head = (head, self._log.head_digest(head))
         rejects_bytes = self._rejects_bytes
         checkpoint = Checkpoint(
             target=self._target,
@@ -203,7 +207,8 @@ class Journal:
 
     def _load(self) -> Checkpoint | None:
         """The checkpoint, if there is one, checked against the source; sets where to begin."""
-        if self._path is None or not self._path.exists():
+        log = self._log
+        if log is None or self._path is None or not self._path.exists():
             return None
         again = (
             "without --resume it is ingested from its start, and what is stored is not stored twice"
@@ -220,11 +225,11 @@ class Journal:
                 f"this would go to {self._target or 'another'}; {again}"
             )
         try:
-            same = self.source.head_digest(found.head_bytes) == found.head_sha256
-            size = self.source.size
+            same = log.head_digest(found.head_bytes) == found.head_sha256
+            size = log.size
         except READ_ERRORS as error:
             raise InvalidInput(f"{self.source.name} cannot be read: {error}") from None
-        if not same or (size is not None and not self._compressed() and size < found.offset):
+        if not same or (size is not None and not _compressed(log) and size < found.offset):
             raise InvalidInput(
                 f"{self.source.name} is not the file that was ingested as far as line "
                 f"{found.line:,}: its beginning has changed; {again}"
@@ -233,30 +238,26 @@ class Journal:
         self.rejected_earlier = found.rejected
         return found
 
-    def _compressed(self) -> bool:
-        with self.source.open() as (_, tell):
-            return tell is not None
-
     def _check_rejects(self) -> None:
-        path, source = self.rejects, self.source
-        if source.path is not None and path.exists() and path.samefile(source.path):
-            raise InvalidInput(f"the rejects of {source.name} cannot go to that file itself")
+        path, log = self.rejects, self._log
+        if log is not None and log.path and path.exists() and path.samefile(log.path):
+            raise InvalidInput(f"the rejects of {log.name} cannot go to that file itself")
         if path.is_dir():
             raise InvalidInput(f"--rejects {path} is a directory; name a file")
         if not path.parent.is_dir():
             raise InvalidInput(f"--rejects {path}: there is no directory {path.parent}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise InvalidInput(
-                f"rejected lines could not be written to {path}: permission denied; "
+                f"rejected {self.source.noun}s could not be written to {path}: permission denied; "
                 "--rejects names another file"
             )
 
     def _unwritable(self, error: OSError) -> InvalidInput:
-        return InvalidInput(f"cannot write the rejected lines to {self.rejects}: {error.strerror}")
+        return InvalidInput(
+            f"cannot write the rejected {self.source.noun}s to {self.rejects}: {error.strerror}"
+        )
 
 
-def _default_rejects(source: Source) -> Path:
-    if source.path is not None and source.resumable:
-        return source.path.with_name(f"{source.path.name}.rejects.jsonl")
-    name = "stdin" if source.path is None else source.path.name  # a pipe has no place of its own
-    return Path(f"{name}.rejects.jsonl")
+def _compressed(log: Source) -> bool:
+    with log.open() as (_, tell):
+        return tell is not None

@@ -10,6 +10,8 @@ from typing import Any
 from recallq.contract import Lane, Wait
 from recallq.ingest.stream import MAX_PIECE_BYTES
 
+_MOST_REASONS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class IngestOptions:
@@ -46,7 +48,7 @@ class IngestReport:
     """What came of it; while it runs, what has come of it so far."""
 
     lines: int = 0
-    """Lines and items of arrays that were read, blank ones not counted."""
+    """Lines and items of arrays that were read, blank ones not counted; of a table, its rows."""
     messages: int = 0
     """Messages in them."""
     added: int = 0
@@ -57,6 +59,8 @@ class IngestReport:
     """Lines."""
     rejected_earlier: int = 0
     """Lines rejected by the interrupted runs that this one resumed."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """How many lines were rejected and why; of very many reasons, the later ones together."""
     seconds: float = 0.0
     rejects: list[str] = field(default_factory=list)
     """The files that hold the rejected lines."""
@@ -66,6 +70,8 @@ class IngestReport:
 
     source: str | None = None
     """The one at hand."""
+    noun: str = "line"
+    """What one of its lines is called."""
     bytes_done: int = 0
     """How far it is, in bytes as it lies on disk; 0 until its first line has settled."""
     bytes_total: int | None = None
@@ -78,10 +84,17 @@ class IngestReport:
         """Messages per second."""
         return (self.added + self.already_stored) / self.seconds if self.seconds > 0 else 0.0
 
+    def reject(self, reason: str) -> None:
+        """Counts a line that is rejected."""
+        self.rejected += 1
+        if reason not in self.reasons and len(self.reasons) >= _MOST_REASONS:
+            reason = "other reasons"
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object."""
         names = ("lines", "messages", "added", "already_stored", "rejected", "rejected_earlier",
-                 "rejects", "warnings", "stopped")  # fmt: skip
+                 "reasons", "rejects", "warnings", "stopped")  # fmt: skip
         found = {name: getattr(self, name) for name in names}
         return found | {
             "seconds": round(self.seconds, 3),

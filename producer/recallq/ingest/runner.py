@@ -1,9 +1,10 @@
-"""Feeds a conversation log of any size to the queue: in file order, within bounds, resumably.
+"""Brings a feed of any size to the queue: in its order, within bounds, resumably where it can be.
 
-Owns the way of a line from the reader to its answer. Every turn is one add job; the client packs
-jobs of concurrent calls into batches, so that a window of calls in flight is all that speed needs.
-Calls begin in file order, since a message's place in its session is given when its call begins;
-answers come in any order, and are settled in file order (see `journal`).
+Owns the way of a line from the reader to its answer; what gives the lines, `feed` says. Every turn
+is one add job; the client packs jobs of concurrent calls into batches, so that a window of calls in
+flight is all that speed needs. Calls begin in file order, since a message that does not bring its
+place in its session is given one when its call begins; answers come in any order, and are settled
+in file order (see `journal`).
 
 What a line itself is to blame for rejects the line. What the service is to blame for - a full
 queue, a lost connection, no answer - holds everything back and tries again, in file order, and
@@ -18,7 +19,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,7 +37,8 @@ from recallq.errors import (
     ServiceUnavailable,
     WrongBackend,
 )
-from recallq.ingest.formats import Defaults, Line, Turn, parse
+from recallq.ingest.feed import Feed
+from recallq.ingest.formats import Line, Turn
 from recallq.ingest.gate import Gate
 from recallq.ingest.journal import Journal
 from recallq.ingest.reader import LineReader
@@ -75,14 +77,16 @@ class Adder(Protocol):
     def next_order(self) -> int: ...
 
 
-def check(sources: Sequence[Source | str | Path], options: IngestOptions) -> list[Journal]:
+def check(sources: Sequence[Feed | str | Path], options: IngestOptions) -> list[Journal]:
     """What `ingest` would begin with. Raises `InvalidInput` for what cannot be ingested."""
     if not sources:
         raise InvalidInput("name at least one file, or - for standard input")
     if options.window < 1 or options.timeout <= 0 or options.max_line_bytes < 1:
         raise InvalidInput("window, timeout and max_line_bytes must be positive")
-    found = [Source.of(each) for each in sources]
-    if sum(each.stream is not None for each in found) > 1:
+    found: list[Feed] = [
+        Source.of(each) if isinstance(each, (str, Path)) else each for each in sources
+    ]
+    if sum(isinstance(each, Source) and each.stream is not None for each in found) > 1:
         raise InvalidInput("standard input can be read only once")
     shared = options.rejects is not None and len(found) > 1
     return [
@@ -101,7 +105,7 @@ def check(sources: Sequence[Source | str | Path], options: IngestOptions) -> lis
 
 async def ingest(
     client: Adder,
-    sources: Sequence[Source | str | Path],
+    sources: Sequence[Feed | str | Path],
     options: IngestOptions | None = None,
     progress: Progress | None = None,
 ) -> IngestReport:
@@ -179,13 +183,14 @@ class _Run:
 
     async def run(self) -> None:
         report, journal = self._report, self._journal
-        report.source, report.bytes_total = self._source.name, self._source.size
+        report.source, report.noun = self._source.name, self._source.noun
+        report.bytes_total = self._source.size
         report.bytes_done = 0
         report.rejected_earlier += journal.rejected_earlier
         await asyncio.to_thread(journal.begin)
         if journal.rejected_earlier:
             self._name_rejects()
-        reader = LineReader(self._lines)
+        reader = LineReader(lambda: self._source.lines(journal.start, self._options))
         try:
             async with asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._tick())
@@ -215,17 +220,6 @@ class _Run:
                 report.warnings.append(journal.warning)
             self._show()
 
-    def _lines(self) -> Iterator[Line]:
-        start, options = self._journal.start, self._options
-        with self._source.open(start.offset) as (stream, tell):
-            yield from parse(
-                stream,
-                Defaults(options.user, options.session),
-                start=start,
-                limit=options.max_line_bytes,
-                tell=tell,
-            )
-
     def _stopped(self) -> str:
         """Puts on record what has settled; returns where that is and how to go on."""
         try:
@@ -233,7 +227,7 @@ class _Run:
         except InvalidInput as error:
             self._report.warnings.append(str(error))
         mark, name = self._journal.mark, self._source.name
-        place = f"stopped after line {mark.line:,} of {name}"
+        place = f"stopped after {self._source.noun} {mark.line:,} of {name}"
         if self._journal.keeps_checkpoint:
             how = "--resume goes on from there"
         else:
@@ -245,7 +239,7 @@ class _Run:
         saved = time.monotonic()
         while True:
             await asyncio.sleep(_TICK)
-            self._report.waiting = self._gate.reason
+            self._report.waiting = self._gate.reason or self._source.waiting
             self._show()
             if time.monotonic() - saved >= _SAVE_EVERY:
                 await asyncio.to_thread(self._journal.save)
@@ -330,7 +324,7 @@ class _Run:
                 if entry.stored:
                     problem += f" (of its other messages, {entry.stored:,} are stored)"
                 reject = entry.line.reject(problem)
-                report.rejected += 1
+                report.reject(entry.problem)
                 self._name_rejects()
                 self._drop(entry)
             self._journal.settle(entry.after, reject, unfinished=entry.unfinished)
@@ -348,7 +342,8 @@ class _Run:
         options, gate = self._options, self._gate
         began = time.monotonic()
         attempts = 0
-        order = self._client.next_order()  # once: tried again, the turn keeps its place
+        # Once: tried again, the turn keeps its place.
+        order = self._client.next_order() if turn.order is None else turn.order
         while True:
             await gate.passed(sequence)
             try:
@@ -395,8 +390,8 @@ def _problem(error: InvalidInput | JobError, first: int, messages: int) -> str:
     return f"{'the message' if messages == 1 else which}{text[named.end() :]}"
 
 
-def _reading_failed(source: Source, error: Exception) -> Exception:
-    if isinstance(error, READ_ERRORS):
+def _reading_failed(source: Feed, error: Exception) -> Exception:
+    if isinstance(error, READ_ERRORS) and not isinstance(error, RecallQError):
         return InvalidInput(f"{source.name} cannot be read to its end: {error}")
     return error
 

@@ -1,4 +1,4 @@
-"""Where a log is read from: a file, plain or gzip-compressed, a pipe, or standard input.
+"""The feed of conversation logs: a file, plain or gzip-compressed, a pipe, or standard input.
 
 Owns opening, and what can be known before anything is read: whether there is such a file, how
 large it is, and whether reading can begin again in the middle.
@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self, cast
+from typing import BinaryIO, ClassVar, Self, cast
 
 from recallq.errors import InvalidInput
+from recallq.ingest.formats import Defaults, Line, parse
+from recallq.ingest.report import IngestOptions
+from recallq.ingest.stream import Position
 
 STDIN = "-"
 
@@ -32,6 +35,9 @@ _GZIP = b"\x1f\x8b"
 @dataclass(frozen=True, slots=True)
 class Source:
     """A log to ingest. `name` is what people see."""
+
+    noun: ClassVar[str] = "line"
+    waiting: ClassVar[str | None] = None
 
     name: str
     path: Path | None = None
@@ -64,6 +70,24 @@ class Source:
     def resumable(self) -> bool:
         """Whether it can be read again from the middle: a regular file."""
         return self.size is not None
+
+    @property
+    def default_rejects(self) -> Path:
+        """Next to a file; a pipe has no place of its own."""
+        if self.path is not None and self.resumable:
+            return self.path.with_name(f"{self.path.name}.rejects.jsonl")
+        return Path(f"{'stdin' if self.path is None else self.path.name}.rejects.jsonl")
+
+    def lines(self, start: Position, options: IngestOptions) -> Iterator[Line]:
+        """What its lines say. Raises `READ_ERRORS`."""
+        with self.open(start.offset) as (stream, tell):
+            yield from parse(
+                stream,
+                Defaults(options.user, options.session),
+                start=start,
+                limit=options.max_line_bytes,
+                tell=tell,
+            )
 
     @contextmanager
     def open(self, offset: int = 0) -> Iterator[tuple[BinaryIO, Callable[[], int] | None]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import SecretStr
 
 from recallq.errors import BackendError, BackendUnavailable, JobError, MissingExtra
+from recallq.tablestore_access import passes, revealed
 
 if TYPE_CHECKING:
     from tablestore import AsyncOTSClient, RetryPolicy
@@ -31,22 +32,6 @@ _TRIES = 4
 _FIRST_PAUSE = 0.05
 _LONGEST_REASON = 200
 
-# https://www.alibabacloud.com/help/en/tablestore/developer-reference/error-codes
-_PASSING = frozenset(
-    {
-        "OTSInternalServerError",
-        "OTSNotEnoughCapacityUnit",
-        "OTSOperationConflict",
-        "OTSOperationThrottled",
-        "OTSPartitionUnavailable",
-        "OTSRowOperationConflict",
-        "OTSServerBusy",
-        "OTSServerUnavailable",
-        "OTSTableNotReady",
-        "OTSTimeout",
-        "OTSTunnelServerUnavailable",
-    }
-)
 CONDITION_FAILED = "OTSConditionCheckFail"
 NO_SUCH_OBJECT = "OTSObjectNotExist"
 ALREADY_THERE = "OTSObjectAlreadyExist"
@@ -81,10 +66,10 @@ def create_tablestore_client(
     }
     return AsyncOTSClient(
         end_point,
-        access_key_id=_revealed(access_key_id),
-        access_key_secret=_revealed(access_key_secret),
+        access_key_id=revealed(access_key_id),
+        access_key_secret=revealed(access_key_secret),
         instance_name=instance_name,
-        sts_token=_revealed(sts_token),
+        sts_token=revealed(sts_token or "") or None,
         region=region or None,
         credentials_provider=credentials_provider,
         retry_policy=retry_policy or NoRetryPolicy(),
@@ -92,15 +77,9 @@ def create_tablestore_client(
     )
 
 
-def _revealed(secret: str | SecretStr | None) -> str | None:
-    return (secret.get_secret_value() if isinstance(secret, SecretStr) else secret) or None
-
-
 def meaning(code: str, message: str = "") -> JobError:
     """The error that stands for what Tablestore says of a call, or of one row of it."""
-    # A table operation too many within a second; all other quotas are used up for good.
-    too_fast = code == "OTSQuotaExhausted" and "frequent" in message.lower()
-    if code in _PASSING or too_fast:
+    if passes(code, message):
         return BackendUnavailable(f"Tablestore answers {code}")
     reason = f": {message[:_LONGEST_REASON]}" if message else ""
     return BackendError(f"Tablestore refuses it, {code}{reason}")
