@@ -22,11 +22,13 @@ _NEEDED = ("end_point", "instance_name", "access_key_id", "access_key_secret")
 # https://www.alibabacloud.com/help/en/tablestore/developer-reference/error-codes
 _PASSING = frozenset(
     {
+        "OTSCapacityUnitExhausted",
         "OTSInternalServerError",
         "OTSNotEnoughCapacityUnit",
         "OTSOperationConflict",
         "OTSOperationThrottled",
         "OTSPartitionUnavailable",
+        "OTSRequestTimeout",
         "OTSRowOperationConflict",
         "OTSServerBusy",
         "OTSServerUnavailable",
@@ -54,6 +56,12 @@ class TablestoreAccess(BaseSettings):
     sts_token: SecretStr | None = None
     region: str | None = None
     """Signs requests by version 4 of Tablestore's signature, which depends on the region."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _nothing_around_it(cls, value: object) -> object:
+        """A file of secrets ends with a new line more often than not."""
+        return value.strip() if isinstance(value, str) else value
 
     @field_validator("end_point")
     @classmethod
@@ -93,6 +101,12 @@ def revealed(secret: str | SecretStr) -> str:
 
 def passes(code: str, message: str = "") -> bool:
     """Whether an error of Tablestore's is one that trying again may help against."""
+    words = message.lower()
     # A table operation too many within a second; all other quotas are used up for good.
-    too_fast = code == "OTSQuotaExhausted" and "frequent" in message.lower()
-    return code in _PASSING or too_fast
+    too_fast = code == "OTSQuotaExhausted" and "frequent" in words
+    return code in _PASSING or too_fast or is_being_built(message)
+
+
+def is_being_built(message: str) -> bool:
+    """Whether a search index cannot be asked yet, because it is new and reads the table."""
+    return "building base state" in message.lower()

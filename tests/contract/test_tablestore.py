@@ -325,7 +325,9 @@ class TestLargeUsers:
         assert await store.add(large) == [NEW] * 10
         assert len(await page(store, Scope("default", user))) == 10
         with pytest.raises(BackendError, match="Tablestore takes 2,097,152"):
-            await store.add([record(user, "x" * 3_000_000)])
+            await store.add([record(user, "x" * 3_000_000, record_id="k", order=1)])
+        await store.add([record(user, "smaller", record_id="k")])
+        assert (await page(store, Scope("default", user)))[-1].message["content"] == "smaller"
 
 
 class TestDeletion:
@@ -342,7 +344,7 @@ class TestDeletion:
             async with opened(TablestoreStore(configured(server))) as other:
                 # The fence alone, as by another process: its own writes would be held as well.
                 key = (owner_of("default", user), "f")
-                server.seed(store._table.name, [(key, {"epoch": 2})])
+                server.seed(store._notes.name, [(key, {"epoch": 2})])
                 seen.append(await page(other, scope))
         assert await adding == [FENCED]
         seen.append(await page(store, scope))
@@ -398,10 +400,160 @@ class TestDeletion:
         for number in range(5):
             await store.delete(Scope("default", user, f"s{number}"), before_epoch=1)
         await store.delete(Scope("default", user), before_epoch=2)
-        assert len(server.rows(store._table.name)) == 1
+        assert len(server.rows(store._notes.name)) == 1
+        assert server.rows(store._table.name) == []
+
+    async def test_a_delete_that_is_interrupted_goes_on_where_it_was(
+        self,
+        server: TablestoreServer,
+        store: TablestoreStore,
+        user: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("recallq_worker.backends.tablestore.store._NOTED_EVERY", 1)
+        scope = Scope("default", user, "s")
+        for start in range(0, 3000, 1000):
+            await store.add([record(user, "x" * 8000, order=start + n) for n in range(1000)])
+        await store.add([record(user, "kept", session="t", order=9000)])
+        server.keep_bodies = False
+        deleting = asyncio.create_task(store.delete(scope, before_epoch=1))
+
+        async def some_are_gone() -> bool:
+            return server.row_count(store._table.name) < 2500
+
+        await eventually(some_are_gone, every=0.001)
+        deleting.cancel()
+        await asyncio.gather(deleting, return_exceptions=True)
+        left = server.row_count(store._table.name) - 1
+        (fence,) = server.rows(store._notes.name)
+        assert fence["reached"] > "r:"  # type: ignore[operator]  # it is text
+        assert await store.delete(scope, before_epoch=1) == left
+        assert texts(await page(store, Scope("default", user))) == ["kept"]
+
+    async def test_fences_that_are_old_are_forgotten(
+        self,
+        server: TablestoreServer,
+        store: TablestoreStore,
+        user: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("recallq_worker.backends.tablestore.store._SWEEP", 1.0)
+        await store.delete(Scope("default", user, "new"), before_epoch=5)
+        key = (owner_of("default", user), "f:old")
+        server.seed(store._notes.name, [(key, {"epoch": 5, "at": 1_000})])
+        await store.delete(Scope("default", user, "another"), before_epoch=6)
+        places = [row["place"] for row in server.rows(store._notes.name)]
+        assert places == ["f:another", "f:new"]
+
+    async def test_the_first_of_a_record_that_comes_twice_counts(
+        self, store: TablestoreStore, user: str
+    ) -> None:
+        first = record(user, "first", record_id="same", epoch=1, order=1)
+        second = record(user, "second", record_id="same", epoch=0, order=2)
+        assert await store.add([first, second]) == [NEW, KNOWN]
+        assert await store.delete(Scope("default", user), before_epoch=1) == 0
+        assert await page(store, Scope("default", user)) == [first]
+
+    async def test_the_same_id_of_two_users(self, store: TablestoreStore, user: str) -> None:
+        await store.delete(Scope("default", "zed" + user), before_epoch=1)
+        one, other = (record(name + user, record_id="same") for name in ("yan", "zed"))
+        assert await store.add([one, other]) == [NEW, FENCED]
+
+    async def test_searchable_means_after_the_last_delete(
+        self, server: TablestoreServer, store: TablestoreStore, user: str
+    ) -> None:
+        """The index must have heard that a record came again, not only that it came."""
+        first = record(user, "tea", record_id="k", epoch=0)
+        again = record(user, "tea", record_id="k", epoch=1)
+        await store.add([first])
+        await store.index([first])
+        server.index_lag = 1.5
+        await store.add([again])
+        await store.delete(Scope("default", user), before_epoch=1)
+        assert not any(await store.index([again]))
+        hits = await store.search(Scope("default", user), "tea", top_k=5, score_threshold=None)
+        assert len(hits) == 1
+
+
+class TestSearchIndex:
+    async def test_a_new_one_is_waited_for(self, server: TablestoreServer, user: str) -> None:
+        server.index_build_time = 3600.0
+        async with opened(TablestoreStore(configured(server))) as store:
+            mine = record(user, "tea")
+            assert await store.add([mine]) == [NEW]
+            with pytest.raises(BackendUnavailable, match="being built") as caught:
+                await store.search(Scope("default", user), "tea", top_k=5, score_threshold=None)
+            assert caught.value.retry_after is not None
+            (error,) = await store.index([mine])
+            assert isinstance(error, BackendUnavailable)
+            assert "being built" in str(error)
+            health = await store.health()
+            assert not health.ok
+            assert "being built" in health.detail
+            assert len(await page(store, Scope("default", user))) == 1
+
+    async def test_a_table_that_is_not_ready_at_once(self, server: TablestoreServer) -> None:
+        server.table_ready_time = 2.0
+        async with opened(TablestoreStore(configured(server))) as store:
+            assert store.indexes
+
+    async def test_a_request_that_fails_makes_nothing_searchable(
+        self, server: TablestoreServer, store: TablestoreStore, user: str
+    ) -> None:
+        server.index_lag = 3600.0
+        records = [record(user, f"tea {n}") for n in range(600)]
+        await store.add(records)
+        server.fail_with("Search", "OTSInternalServerError", times=8)
+        errors = await store.index(records)
+        assert all(isinstance(each, BackendUnavailable) for each in errors)
+
+    async def test_a_request_that_hangs_stops_nobody_else(
+        self, server: TablestoreServer, store: TablestoreStore, user: str
+    ) -> None:
+        records = [record(user, f"tea {n}") for n in range(2)]
+        await store.add(records)
+        server.hang("/Search$", 3600, times=1)
+        first = asyncio.create_task(store.index(records[:1]))
+        await asyncio.to_thread(server.wait_for_request, "/Search")
+        assert not any(await store.index(records[1:]))
+        assert not any(await first)
 
 
 class TestTrouble:
+    async def test_a_user_who_is_throttled_holds_up_nobody(
+        self, server: TablestoreServer, store: TablestoreStore, user: str
+    ) -> None:
+        theirs = owner_of("default", "busy" + user)
+        busy = server.fail_rows(lambda key: key["owner"] == theirs, "OTSServerBusy")
+        adding = [
+            asyncio.create_task(store.add([record("busy" + user, str(n))])) for n in range(100)
+        ]
+        await asyncio.sleep(0.3)
+        for number in range(5):
+            assert await store.add([record(user, str(number))]) == [NEW]
+        assert not any(each.done() for each in adding)
+        assert busy
+        server.clear_faults()
+        await asyncio.gather(*adding, return_exceptions=True)
+
+    async def test_an_answer_that_nobody_can_read(
+        self, server: TablestoreServer, store: TablestoreStore, user: str
+    ) -> None:
+        server.fail("BatchGetRow", 200, body="<html>log in</html>")
+        with pytest.raises(BackendUnavailable, match="cannot be read"):
+            await page(store, Scope("default", user, "s"))
+
+    async def test_a_row_that_nobody_here_wrote_harms_no_other(
+        self, server: TablestoreServer, store: TablestoreStore, user: str
+    ) -> None:
+        await store.add([record(user, "tea")])
+        key = (owner_of("default", user), "r:0000000000000001:strange")
+        columns: dict[str, int | str] = {"epoch": 5, "session": "s", "message": "?", "text": "tea"}
+        server.seed(store._table.name, [(key, columns)])
+        assert texts(await page(store, Scope("default", user))) == ["tea"]
+        hits = await store.search(Scope("default", user), "tea", top_k=5, score_threshold=None)
+        assert len(hits) == 1
+
     async def test_rows_that_are_refused_for_now_are_written_in_the_end(
         self, server: TablestoreServer, store: TablestoreStore, user: str
     ) -> None:
@@ -445,6 +597,11 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         TablestoreSettings.load(end_point="https://x.cn-hangzhou.ots.aliyuncs.com")
     assert "RECALLQ_TABLESTORE_INSTANCE_NAME" in str(caught.value)
     assert "RECALLQ_TABLESTORE_ACCESS_KEY_SECRET" in str(caught.value)
+    monkeypatch.setenv("RECALLQ_TABLESTORE_ACCESS_KEY_SECRET", "from-a-file\n")
+    given = {"end_point": "https://x", "instance_name": "x", "access_key_id": "ak\n"}
+    settings = TablestoreSettings.load(**given)
+    assert settings.access_key_id.get_secret_value() == "ak"
+    assert settings.access_key_secret.get_secret_value() == "from-a-file"
     with pytest.raises(ConfigurationError, match="must start with http"):
         TablestoreSettings.load(end_point="x.cn-hangzhou.ots.aliyuncs.com")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import SecretStr
 
 from recallq.errors import BackendError, BackendUnavailable, JobError, MissingExtra
-from recallq.tablestore_access import passes, revealed
+from recallq.tablestore_access import is_being_built, passes, revealed
 
 if TYPE_CHECKING:
     from tablestore import AsyncOTSClient, RetryPolicy
@@ -28,6 +28,9 @@ _QUIET = logging.getLogger("recallq_worker.tablestore_sdk")
 _QUIET.setLevel(logging.CRITICAL)
 _CONNECT_TIMEOUT = 5.0
 _ANSWER_TIMEOUT = 20.0
+_LONGEST_CALL = 25.0
+_BUILDING = 15.0
+"""Seconds after which an index that is being built is asked again."""
 _TRIES = 4
 _FIRST_PAUSE = 0.05
 _LONGEST_REASON = 200
@@ -79,6 +82,10 @@ def create_tablestore_client(
 
 def meaning(code: str, message: str = "") -> JobError:
     """The error that stands for what Tablestore says of a call, or of one row of it."""
+    if is_being_built(message):
+        return BackendUnavailable(
+            "the search index is being built, from what the table holds", retry_after=_BUILDING
+        )
     if passes(code, message):
         return BackendUnavailable(f"Tablestore answers {code}")
     reason = f": {message[:_LONGEST_REASON]}" if message else ""
@@ -109,18 +116,20 @@ async def asking(call: Callable[[], Awaitable[T]], *, raw: tuple[str, ...] = ())
 
 async def _once(call: Callable[[], Awaitable[T]], raw: tuple[str, ...]) -> T:
     import aiohttp
+    from google.protobuf.message import DecodeError
     from tablestore import OTSClientError, OTSServiceError
 
     try:
-        return await call()
+        async with asyncio.timeout(_LONGEST_CALL):
+            return await call()
     except OTSServiceError as error:
         code, status = error.get_error_code() or "", error.get_http_status() or 0
         if code in raw:
             raise
-        if status == 429 or status >= 500:
+        if status in (408, 429) or status >= 500:
             raise BackendUnavailable(f"Tablestore answers {status} {code}".rstrip()) from error
-        raise meaning(code, error.get_error_message() or "") from error
-    except OTSClientError as error:
+        raise meaning(code or f"HTTP {status}", error.get_error_message() or "") from error
+    except (OTSClientError, DecodeError, ValueError) as error:
         # An answer that is not Tablestore's: of a proxy, or cut off. The service does not send it.
         raise BackendUnavailable(
             f"Tablestore's answer cannot be read: {str(error)[:_LONGEST_REASON]}"

@@ -12,22 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recallq.contract import Scope
-from recallq.errors import ConfigurationError
+from recallq.errors import BackendError, ConfigurationError
 from recallq.keys import escape
-from recallq_worker.backends.tablestore.client import (
-    ALREADY_THERE,
-    NO_SUCH_OBJECT,
-    asking,
-)
+from recallq_worker.backends.tablestore.client import asking
 from recallq_worker.backends.tablestore.rows import (
     EMBEDDED,
     EPOCH,
-    MESSAGE,
     ORDER,
     OWNER,
     PLACE,
+    READ,
     SESSION,
-    SESSION_ID,
     Columns,
     Fences,
     Key,
@@ -43,8 +38,9 @@ _MOST_HITS = 100
 """Of one request, where columns come from the table."""
 _MOST_NEIGHBOURS = 1000
 """What a query for vectors may ask for at all."""
-_MOST_QUERY = 1000
+_MOST_QUERY = 500
 """Characters of a query that are looked for: its words are clauses, and those are limited."""
+_HARDLY = 1e-6
 _MOST_SESSIONS = 100
 """Fences of sessions that a query names; what is behind the others is sorted out afterwards."""
 
@@ -75,23 +71,22 @@ class SearchIndex:
         import tablestore as ots
 
         client, table = self._table.client, self._table.name
-        try:
-            found, _ = await asking(
-                lambda: client.describe_search_index(table, self.name, include_sync_stat=False),
-                raw=(NO_SUCH_OBJECT,),
-            )
-        except ots.OTSServiceError:
+        if not await self._is_there():
             made = ots.SearchIndexMeta(self._schema())
             try:
-                await asking(
-                    lambda: client.create_search_index(table, self.name, made),
-                    raw=(ALREADY_THERE,),
-                )
-            except ots.OTSServiceError:  # another worker was faster
-                found, _ = await asking(lambda: client.describe_search_index(table, self.name))
+                await asking(lambda: client.create_search_index(table, self.name, made))
+            except BackendError:
+                if not await self._is_there():  # or another worker was faster
+                    raise
             else:
                 return
+        found, _ = await asking(lambda: client.describe_search_index(table, self.name))
         self._check({field.field_name: field for field in found.fields})
+
+    async def _is_there(self) -> bool:
+        # By the list: what asking for one that does not exist is answered, differs.
+        names = await asking(lambda: self._table.client.list_search_index(self._table.name))
+        return any(name == self.name for _, name in names)
 
     def _schema(self) -> list[FieldSchema]:
         import tablestore as ots
@@ -173,7 +168,8 @@ class SearchIndex:
         most: int,
         min_score: float | None,
     ) -> list[Found]:
-        """Rows whose vectors are nearest, nearest first; 1,000 at most."""
+        """Rows whose vectors are nearest, nearest first; 1,000 at most. Some may score less than
+        `min_score`."""
         import tablestore as ots
 
         where, unless = self._within(scope, fences)
@@ -182,7 +178,10 @@ class SearchIndex:
             top_k=min(most, _MOST_NEIGHBOURS),
             float32_query_vector=list(vector),
             filter=ots.BoolQuery(filter_queries=where, must_not_queries=unless),
-            min_score=min_score,
+            # Tablestore takes none below zero, and leaves out what scores just as much.
+            min_score=min_score - _HARDLY
+            if min_score is not None and min_score > _HARDLY
+            else None,
         )
         return await self._found(nearest, min(most, _MOST_NEIGHBOURS))
 
@@ -216,9 +215,7 @@ class SearchIndex:
 
         latest_first = ots.FieldSort(ORDER, ots.SortOrder.DESC)
         sort: Any = ots.Sort([ots.ScoreSort(ots.SortOrder.DESC), latest_first])
-        columns = ots.ColumnsToGet(
-            [MESSAGE, SESSION, SESSION_ID, ORDER, EPOCH], ots.ColumnReturnType.SPECIFIED
-        )
+        columns = ots.ColumnsToGet(list(READ), ots.ColumnReturnType.SPECIFIED)
         found: list[Found] = []
         token: bytes | None = None
         while len(found) < most:
@@ -243,19 +240,27 @@ class SearchIndex:
                 break
         return found
 
-    async def shown(self, keys: Sequence[Key]) -> set[Key]:
-        """Those of up to a hundred rows that a search can find by now."""
+    async def shown(self, keys: Sequence[Key]) -> dict[Key, int]:
+        """Those of up to a hundred rows that a search can find by now, with their epochs."""
         import tablestore as ots
 
         where: list[Query] = [ots.TermsQuery(PLACE, sorted({place for _, place in keys}))]
         if self._dimension is not None:
             where.append(ots.TermQuery(EMBEDDED, 1))
         search = ots.SearchQuery(ots.BoolQuery(filter_queries=where), limit=_MOST_HITS)
-        none = ots.ColumnsToGet([], ots.ColumnReturnType.NONE)
+        columns = ots.ColumnsToGet([EPOCH], ots.ColumnReturnType.SPECIFIED)
         answer = await asking(
-            lambda: self._table.client.search(self._table.name, self.name, search, none)
+            lambda: self._table.client.search(self._table.name, self.name, search, columns)
         )
-        return {(row[0][0][1], row[0][1][1]) for row in answer.rows}
+        return {
+            (keys[0][1], keys[1][1]): attributes[0][1]
+            for keys, attributes in (row[:2] for row in answer.rows)
+            if attributes
+        }
+
+    async def ping(self) -> None:
+        """Whether the index can be searched. Raises as all calls do."""
+        await self.shown([("0000-health", "none")])
 
 
 def _metric(settings: TablestoreSettings) -> Any:

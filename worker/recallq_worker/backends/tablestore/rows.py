@@ -1,11 +1,14 @@
-"""What is in the table: which rows, which columns, and where they lie.
+"""What is in the tables: which rows, which columns, and where they lie.
 
 A row's primary key is ``(owner, place)``. The owner is a user of a tenant, so that everything of a
-user lies together and nobody else's between. Within it, by place:
+user lies together and nobody else's between. Within it, by place, in the table of records:
+
+    r:<order key>:<record id>  a record: listing is reading a range
+
+and in a table of notes, which has no search index:
 
     f  f:<session>             a fence: below its epoch nothing of the user, or session, is shown
     k:<record id>              of a record that may come again: which order key it came with
-    r:<order key>:<record id>  a record: listing is reading a range
 
 Reads of ranges are strongly consistent, which the search index is not; so listing and deleting go
 by the table alone. Every row carries the epoch of its record: a record that was written too late,
@@ -14,6 +17,7 @@ by a process that had not heard of a deletion, is below the fence and never show
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +32,8 @@ from recallq.keys import escape
 from recallq.messages import message_text
 from recallq_worker.backends.base import Record
 
+log = logging.getLogger(__name__)
+
 Key: TypeAlias = tuple[str, str]
 """Owner and place."""
 Columns: TypeAlias = dict[str, Any]
@@ -35,11 +41,15 @@ Columns: TypeAlias = dict[str, Any]
 OWNER, PLACE = "owner", "place"
 ORDER, EPOCH, SESSION, SESSION_ID = "order", "epoch", "session", "session_id"
 MESSAGE, DIGEST, EMBEDDED = "message", "digest", "embedded"
+AT, REACHED = "at", "reached"
+"""Of a fence: when it was raised (ms), and how far the delete that did so has come."""
+
+READ = (EPOCH, SESSION, SESSION_ID, ORDER, MESSAGE)
+"""All it takes to show a record."""
 
 FENCES = ("f", "g")
 POINTERS = ("k:", "k;")
 RECORDS = ("r:", "r;")
-POINTERS_AND_RECORDS = ("k:", "r;")
 
 _LARGEST_VALUE = 2 * 1024 * 1024
 """Bytes that Tablestore takes in one column."""
@@ -77,8 +87,8 @@ def pointer_columns(record: Record) -> Columns:
     return {EPOCH: record.epoch, ORDER: record.order, SESSION: session}
 
 
-def record_columns(record: Record, order: int, text_field: str) -> Columns:
-    """A record's row. Raises `BackendError` for one that no row takes."""
+def record_columns(record: Record, text_field: str) -> Columns:
+    """A record's row, but for its order key. Raises `BackendError` for one that no row takes."""
     message = orjson.dumps(record.message)
     if len(message) > _LARGEST_VALUE:
         raise BackendError(
@@ -88,7 +98,6 @@ def record_columns(record: Record, order: int, text_field: str) -> Columns:
     session_id = record.scope.session_id or ""
     columns: Columns = {
         EPOCH: record.epoch,
-        ORDER: order,
         SESSION: escape(session_id),
         SESSION_ID: session_id,
         MESSAGE: message.decode(),
@@ -118,8 +127,8 @@ def size_of(columns: Columns) -> int:
     )
 
 
-def read_record(place: str, columns: Columns, scope: Scope) -> Record:
-    """The record in a row of a user's. Raises `BackendError` for one that nobody here wrote."""
+def read_record(place: str, columns: Columns, scope: Scope) -> Record | None:
+    """The record in a row of a user's; None for one that nobody here wrote."""
     try:
         message = orjson.loads(columns[MESSAGE])
         if not isinstance(message, dict):
@@ -131,10 +140,9 @@ def read_record(place: str, columns: Columns, scope: Scope) -> Record:
             epoch=columns[EPOCH],
             message=message,
         )
-    except (LookupError, TypeError, ValueError) as error:
-        raise BackendError(
-            "a row of the table is none that RecallQ wrote; nothing else may write to it"
-        ) from error
+    except (LookupError, TypeError, ValueError):
+        log.error("a row of the table cannot be read, and is left out: %s", place)  # noqa: TRY400
+        return None
 
 
 @dataclass(frozen=True, slots=True)

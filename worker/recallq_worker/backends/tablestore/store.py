@@ -12,8 +12,12 @@ full text that the index is yet to show.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
+import time
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from recallq.contract import Health, Scope
@@ -28,12 +32,15 @@ from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.tablestore.client import create_tablestore_client
 from recallq_worker.backends.tablestore.index import SearchIndex
 from recallq_worker.backends.tablestore.rows import (
+    AT,
     DIGEST,
     EMBEDDED,
     EPOCH,
     FENCES,
     ORDER,
-    POINTERS_AND_RECORDS,
+    POINTERS,
+    REACHED,
+    READ,
     RECORDS,
     SESSION,
     Columns,
@@ -56,7 +63,6 @@ from recallq_worker.backends.tablestore.table import (
     both,
     epoch_below,
     has,
-    in_parts,
 )
 from recallq_worker.backends.tablestore.vectors import Vectors
 from recallq_worker.backends.tablestore.visibility import Watch
@@ -68,7 +74,15 @@ if TYPE_CHECKING:
 _PATIENCE = 6.0
 """Seconds that one look at the search index may take. Its lag is below three as a rule; what takes
 longer is looked for again, and does not hold up what is there."""
-_DELETED_AT_ONCE = 1000
+_NEW_TABLE = 30
+"""Seconds, about, in which a table that was just made may not be there yet."""
+_SEVERAL = 500
+_NOTED_EVERY = 20
+"""Pages of a table after which it is noted how far a delete has come."""
+_SWEEP = 0.02
+"""Of the deletions of sessions, the share that looks for fences that are not needed any more."""
+_KEPT = 30 * 24 * 3600 * 1000
+"""Milliseconds for which the fence of a session is kept."""
 _ROUNDS = 10
 """How often a row may change under a write before that counts as trouble."""
 
@@ -93,6 +107,7 @@ class TablestoreStore:
         self._vectors = vectors
         self._client = tablestore_client
         self._table: Table
+        self._notes: Table
         self._index: SearchIndex
         self._watch: Watch
 
@@ -126,14 +141,23 @@ class TablestoreStore:
                 settings.region,
             )
         self._table = Table(self._client, settings.table_name)
+        self._notes = Table(self._client, f"{settings.table_name}_notes")
         dimension = None
         if self._vectors is not None:
             await self._vectors.start()
             dimension = self._vectors.dimension
         self._index = SearchIndex(self._table, settings, dimension)
         self._watch = Watch(self._table, self._index)
-        await self._table.open()
-        await self._index.open()
+        await self._notes.open()
+        made = await self._table.open()
+        for attempt in itertools.count(1):
+            try:
+                await self._index.open()
+                break
+            except BackendUnavailable:
+                if not made or attempt >= _NEW_TABLE:
+                    raise
+                await asyncio.sleep(1)
 
     async def stop(self) -> None:
         if hasattr(self, "_watch"):
@@ -147,39 +171,41 @@ class TablestoreStore:
 
     async def add(self, records: Sequence[Record]) -> list[Added]:
         # A record that comes twice at once is one, as if it had come twice in a row.
-        once = {(each.scope.tenant, each.scope.user_id, each.record_id): each for each in records}
-        distinct = list(once.values())
-        orders = await self._places(distinct, [each for each in distinct if not each.fixed])
-        rows = {
-            record_key(each, orders[at]): (
-                each,
-                record_columns(each, orders[at], self._settings.text_field),
-            )
-            for at, each in enumerate(distinct)
+        once: dict[Key, Record] = {}
+        for record in records:
+            first = once.setdefault(pointer_key(record), record)
+            if record.epoch > first.epoch:
+                once[pointer_key(record)] = replace(first, epoch=record.epoch)
+        made = {
+            each: record_columns(record, self._settings.text_field) for each, record in once.items()
         }
-        known = await self._insert({key: columns for key, (_, columns) in rows.items()})
+        orders = await self._orders([each for each in once.values() if not each.fixed])
+        keys: dict[Key, Key] = {}
+        rows: dict[Key, tuple[Record, Columns]] = {}
+        for each, record in once.items():
+            order = orders.get(each, record.order)
+            keys[each] = record_key(record, order)
+            rows[keys[each]] = (record, {**made[each], ORDER: order})
+        known = await self._insert(
+            self._table, {key: columns for key, (_, columns) in rows.items()}
+        )
         fenced = await self._take_back({key: record for key, (record, _) in rows.items()})
-        added: dict[str, Added] = {}
-        for key, (record, _) in rows.items():
-            told = Added.KNOWN if key in known else Added.NEW
-            added[record.record_id] = Added.FENCED if key in fenced else told
         answers = []
         for record in records:
-            answers.append(added[record.record_id])
-            if added[record.record_id] is Added.NEW:
-                added[record.record_id] = Added.KNOWN
+            key = keys[pointer_key(record)]
+            answer = Added.KNOWN if key in known else Added.NEW
+            answers.append(Added.FENCED if key in fenced else answer)
+            known.setdefault(key, {})
         return answers
 
-    async def _places(self, records: Sequence[Record], movable: Sequence[Record]) -> list[int]:
-        """The order key of each record: of one that may have come before with another, the
-        first."""
-        known = await self._insert({pointer_key(each): pointer_columns(each) for each in movable})
-        return [
-            known[pointer_key(each)][ORDER] if pointer_key(each) in known else each.order
-            for each in records
-        ]
+    async def _orders(self, movable: Sequence[Record]) -> dict[Key, int]:
+        """The order keys that records first came with, of those that came before."""
+        rows = {pointer_key(each): pointer_columns(each) for each in movable}
+        return {
+            key: columns[ORDER] for key, columns in (await self._insert(self._notes, rows)).items()
+        }
 
-    async def _insert(self, rows: dict[Key, Columns]) -> dict[Key, Columns]:
+    async def _insert(self, table: Table, rows: dict[Key, Columns]) -> dict[Key, Columns]:
         """Inserts rows; returns order and epoch of those that are there already.
 
         These stay as they are, but for their epoch, which becomes the later of the two.
@@ -188,15 +214,15 @@ class TablestoreStore:
         missing = dict(rows)
         for _ in range(_ROUNDS):
             writes = [Write(key, "insert", columns) for key, columns in missing.items()]
-            done = await self._table.write(writes)
+            done = await table.write(writes)
             there = [
                 write.key for write, inserted in zip(writes, done, strict=True) if not inserted
             ]
             if not there:
                 return known
-            found = await self._table.read(there, [EPOCH, ORDER])
+            found = await table.read(there, [EPOCH, ORDER])
             earlier = [key for key, columns in found.items() if columns[EPOCH] < rows[key][EPOCH]]
-            raised = await self._table.write(
+            raised = await table.write(
                 [
                     Write(key, "change", {EPOCH: rows[key][EPOCH]}, epoch_below(rows[key][EPOCH]))
                     for key in earlier
@@ -217,9 +243,10 @@ class TablestoreStore:
             for key, record in rows.items()
             for place in (fence_place(None), fence_place(record.scope.session_id))
         }
-        fences = await self._table.read(places, [EPOCH])
+        fences = await self._notes.read(places, [EPOCH])
         fenced: set[Key] = set()
         deletes: list[Write] = []
+        pointers: list[Write] = []
         for key, record in rows.items():
             places_of_it = (fence_place(None), fence_place(record.scope.session_id))
             epochs = [
@@ -231,14 +258,15 @@ class TablestoreStore:
                 deletes.append(Write(key, "delete", only_if=epoch_below(fence)))
                 if not record.fixed:
                     pointer = pointer_key(record)
-                    deletes.append(Write(pointer, "delete", only_if=epoch_below(fence)))
+                    pointers.append(Write(pointer, "delete", only_if=epoch_below(fence)))
         await self._table.write(deletes)
+        await self._notes.write(pointers)
         return fenced
 
     # --- the second step ------------------------------------------------------------------------
 
     async def index(self, records: Sequence[Record]) -> Sequence[JobError | None]:
-        pointers = await self._table.read(
+        pointers = await self._notes.read(
             [pointer_key(each) for each in records if not each.fixed], [ORDER]
         )
         keys = [
@@ -247,52 +275,53 @@ class TablestoreStore:
         ]
         errors: list[JobError | None] = [None] * len(records)
         texts = [searchable(each.message) for each in records]
-        there = list(dict.fromkeys(key for key, text in zip(keys, texts, strict=True) if text))
+        there = {key for key, text in zip(keys, texts, strict=True) if text}
         if self._vectors is not None:
             errors, there = await self._embed(self._vectors, keys, texts)
-        hidden = await self._watch.shown(there, _PATIENCE)
+        epochs: dict[Key, int] = {}
+        for key, record in zip(keys, records, strict=True):
+            if key in there:
+                epochs[key] = max(record.epoch, epochs.get(key, 0))
+        hidden = await self._watch.shown(epochs, _PATIENCE)
         for at, key in enumerate(keys):
-            if key in hidden and errors[at] is None:
-                errors[at] = BackendUnavailable(
-                    f"stored, but search index {self._index.name} does not show it yet"
-                )
+            errors[at] = errors[at] or hidden.get(key)
         return errors
 
     async def _embed(
         self, vectors: Vectors, keys: Sequence[Key], texts: Sequence[str]
-    ) -> tuple[list[JobError | None], list[Key]]:
+    ) -> tuple[list[JobError | None], set[Key]]:
         """Gives rows their vectors; what each failed with, and which rows have one."""
-        errors: list[JobError | None] = [None] * len(keys)
         found = await self._table.read(
             [key for key, text in zip(keys, texts, strict=True) if text], [EPOCH, DIGEST, EMBEDDED]
         )
-        embedded = [key for key, columns in found.items() if columns.get(EMBEDDED)]
+        embedded = {key for key, columns in found.items() if columns.get(EMBEDDED)}
         # A row that holds another text, stored under the same key before, has its own add to see to
         # it.
         todo = {
-            key: at
-            for at, (key, text) in enumerate(zip(keys, texts, strict=True))
-            if key in found
-            and not found[key].get(EMBEDDED)
-            and found[key].get(DIGEST) == digest(text)
+            key: text
+            for key, text in zip(keys, texts, strict=True)
+            if key in found and key not in embedded and found[key].get(DIGEST) == digest(text)
         }
-        made = await vectors.of([texts[at] for at in todo.values()])
+        failed: dict[Key, JobError] = {}
         writes: list[Write] = []
-        for (key, at), vector in zip(todo.items(), made, strict=True):
+        made = await vectors.of(list(todo.values()))
+        for (key, text), vector in zip(todo.items(), made, strict=True):
             if isinstance(vector, JobError):
-                errors[at] = vector
+                failed[key] = vector
                 continue
             columns = {self._settings.embedding_field: vector, EMBEDDED: 1}
-            writes.append(Write(key, "change", columns, has(DIGEST, digest(texts[at]))))
+            writes.append(Write(key, "change", columns, has(DIGEST, digest(text))))
         done = await self._table.write(writes)
-        embedded += [write.key for write, held in zip(writes, done, strict=True) if held]
-        return errors, embedded
+        embedded |= {write.key for write, held in zip(writes, done, strict=True) if held}
+        return [failed.get(key) for key in keys], embedded
 
     # --- search, list ---------------------------------------------------------------------------
 
     async def search(
         self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
     ) -> list[Hit]:
+        if not query.strip():
+            return []
         if self._vectors is None:
             fences = await self._fences(scope)
             found = await self._index.by_text(scope, query, fences, top_k)
@@ -303,11 +332,13 @@ class TablestoreStore:
             found = await self._index.by_vector(scope, vector, fences, top_k, score_threshold)
         hits = []
         for each in found:
-            # A row that the index still knows has lost its columns.
-            if EPOCH not in each.columns or not fences.shows(each.columns):
+            if score_threshold is not None and each.score < score_threshold:
                 continue
-            if score_threshold is None or each.score >= score_threshold:
-                hits.append(Hit(read_record(each.place, each.columns, scope), each.score))
+            # A row that the index still knows has lost its columns.
+            if EPOCH in each.columns and fences.shows(each.columns):
+                record = read_record(each.place, each.columns, scope)
+                if record is not None:
+                    hits.append(Hit(record, each.score))
         hits.sort(key=lambda hit: (-hit.score, -hit.record.order, hit.record.record_id))
         return hits
 
@@ -327,11 +358,14 @@ class TablestoreStore:
                 else:
                     return []
         page: list[Record] = []
-        rest = self._table.scan(owner, (start, RECORDS[1]), only_if=only, at_once=max(limit, 1))
+        # Where rows are left out, it is not known how many are to be read for a page.
+        at_once = limit if only is None else max(limit, _SEVERAL)
+        rest = self._table.scan(owner, (start, RECORDS[1]), READ, only_if=only, at_once=at_once)
         async with aclosing(rest):
             async for place, columns in rest:
-                if fences.shows(columns):
-                    page.append(read_record(place, columns, scope))
+                record = read_record(place, columns, scope)
+                if record is not None and fences.shows(columns):
+                    page.append(record)
                 if len(page) >= limit:
                     break
         return page
@@ -342,10 +376,10 @@ class TablestoreStore:
         whole, sessions = 0, {}
         if scope.session_id is not None:
             place = fence_place(scope.session_id)
-            found = await self._table.read([(owner, "f"), (owner, place)], [EPOCH])
+            found = await self._notes.read([(owner, "f"), (owner, place)], [EPOCH])
             rows = [(place, columns) for (_, place), columns in found.items()]
         else:
-            rows = [row async for row in self._table.scan(owner, FENCES, [EPOCH])]
+            rows = [row async for row in self._notes.scan(owner, FENCES, [EPOCH])]
         for place, columns in rows:
             if place == "f":
                 whole = columns[EPOCH]
@@ -356,39 +390,65 @@ class TablestoreStore:
     # --- delete ---------------------------------------------------------------------------------
 
     async def delete(self, scope: Scope, *, before_epoch: int) -> int:
-        before = await self._fences(scope)
         owner = owner_of(scope.tenant, scope.user_id)
         fence = (owner, fence_place(scope.session_id))
-        higher = epoch_below(before_epoch, or_missing=True)
-        await self._table.write([Write(fence, "upsert", {EPOCH: before_epoch}, higher)])
+        start = await self._raise(fence, before_epoch)
         removed = 0
-        rows = self._table.scan(
-            owner,
-            POINTERS_AND_RECORDS,
-            [EPOCH, SESSION],
-            only_if=both(epoch_below(before_epoch), _of_session(scope)),
-        )
-        async with aclosing(in_parts(rows, _DELETED_AT_ONCE)) as parts:
-            async for some in parts:
-                writes = [
-                    Write((owner, place), "delete", only_if=epoch_below(before_epoch))
-                    for place, _ in some
-                ]
-                done = await self._table.write(writes)
-                removed += sum(
-                    held and place >= RECORDS[0] and before.shows(columns)
-                    for (place, columns), held in zip(some, done, strict=True)
-                )
+        for table, places in ((self._notes, POINTERS), (self._table, (start, RECORDS[1]))):
+            pages = table.pages(
+                owner,
+                places,
+                [EPOCH, SESSION],
+                only_if=both(epoch_below(before_epoch), _of_session(scope)),
+            )
+            number = 0
+            async with aclosing(pages):
+                async for page, following in pages:
+                    writes = [
+                        Write((owner, place), "delete", only_if=epoch_below(before_epoch))
+                        for place, _ in page
+                    ]
+                    done = await table.write(writes)
+                    if table is self._notes:
+                        continue
+                    removed += sum(done)
+                    number += 1
+                    if number % _NOTED_EVERY == 0:
+                        reached = {REACHED: following}
+                        await self._notes.write(
+                            [Write(fence, "change", reached, has(EPOCH, before_epoch))]
+                        )
         if scope.session_id is None:
-            await self._forget_fences(owner, before, before_epoch)
+            await self._forget_fences(owner, before_epoch + 1)
+        elif random.random() < _SWEEP:  # noqa: S311  # now and then
+            await self._forget_fences(owner, 2**53, older_than=now_ms() - _KEPT)
         return removed
 
-    async def _forget_fences(self, owner: str, fences: Fences, epoch: int) -> None:
-        """Removes fences of sessions that say no more than the user's own."""
-        old = [name for name, each in fences.sessions.items() if each <= epoch]
-        await self._table.write(
-            [Write((owner, f"f:{name}"), "delete", only_if=epoch_below(epoch + 1)) for name in old]
-        )
+    async def _raise(self, fence: Key, epoch: int) -> str:
+        """Raises a fence: from now on nothing older is shown. Returns the place from which on there
+        may be something to remove: another try may have come as far."""
+        columns = {EPOCH: epoch, AT: now_ms(), REACHED: RECORDS[0]}
+        lower = epoch_below(epoch, or_missing=True)
+        (raised,) = await self._notes.write([Write(fence, "upsert", columns, lower)])
+        if raised:
+            return RECORDS[0]
+        found = (await self._notes.read([fence], [EPOCH, REACHED])).get(fence)
+        if found is None or found[EPOCH] < epoch:
+            raise BackendUnavailable("Tablestore has not written what a deletion goes by")
+        return str(found.get(REACHED, RECORDS[0])) if found[EPOCH] == epoch else RECORDS[0]
+
+    async def _forget_fences(self, owner: str, epoch: int, older_than: int | None = None) -> None:
+        """Removes fences of sessions below an epoch, for what they say the user's own says too; or
+        those that are old, for nothing is on its way any more that they would hold off."""
+        old = []
+        fences = self._notes.scan(owner, (fence_place(""), FENCES[1]), [EPOCH, AT])
+        async with aclosing(fences):
+            async for place, columns in fences:
+                if columns[EPOCH] < epoch and (
+                    older_than is None or columns.get(AT, older_than) < older_than
+                ):
+                    old.append(Write((owner, place), "delete", only_if=epoch_below(epoch)))
+        await self._notes.write(old)
 
     # --- health ---------------------------------------------------------------------------------
 
@@ -396,6 +456,7 @@ class TablestoreStore:
         detail = f"table {self._settings.table_name}, {self._settings.search_strategy} search"
         try:
             await self._table.ping()
+            await self._index.ping()
             if self._vectors is not None:
                 model, usage = await self._vectors.check(), self._vectors.usage()
                 detail += (
@@ -411,3 +472,7 @@ class TablestoreStore:
 
 def _of_session(scope: Scope) -> ColumnCondition | None:
     return None if scope.session_id is None else has(SESSION, escape(scope.session_id))
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)

@@ -9,10 +9,11 @@ again, and is refused.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from recallq.errors import BackendError, BackendUnavailable, ConfigurationError, JobError
 from recallq_worker.backends.tablestore.client import (
@@ -27,6 +28,10 @@ from recallq_worker.backends.tablestore.rows import EPOCH, OWNER, PLACE, Columns
 if TYPE_CHECKING:
     from tablestore import AsyncOTSClient, ColumnCondition
 
+T = TypeVar("T")
+Found: TypeAlias = tuple[str, Columns]
+"""A row of an owner: its place, and what is in it."""
+
 _MOST_WRITTEN = 200
 _MOST_BYTES = 900 * 1024
 """Of a batch. The limit is 4 MB; but a request is encoded in one go, and others wait meanwhile."""
@@ -34,6 +39,8 @@ _MOST_READ = 100
 _MOST_SCANNED = 5000
 _AT_ONCE = 8
 """Requests of one call that are under way at once."""
+_ALTOGETHER = 64
+"""Of the process, below the connections that the client may have."""
 _TRIES = 5
 _PAUSE = 0.1
 
@@ -55,7 +62,7 @@ class Table:
     def __init__(self, client: AsyncOTSClient, name: str) -> None:
         self.client = client
         self.name = name
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(_ALTOGETHER)
 
     # --- at the start ---------------------------------------------------------------------------
 
@@ -105,22 +112,21 @@ class Table:
         Raises what one of them failed with; the others may be written or not.
         """
         done = [False] * len(writes)
-        await _all(self._write_batch(writes, batch, done) for batch in _batches(writes))
+        await _all(partial(self._write_batch, writes, batch, done) for batch in _batches(writes))
         return done
 
     async def _write_batch(
         self, writes: Sequence[Write], batch: list[int], done: list[bool]
     ) -> None:
         pause = _PAUSE
-        async with self._slots:
-            for attempt in range(1, _TRIES + 1):
-                batch, error = await self._try_to_write(writes, batch, done)
-                if error is None:
-                    return
-                if attempt == _TRIES or not isinstance(error, BackendUnavailable):
-                    raise error
-                await asyncio.sleep(pause)
-                pause *= 2
+        for attempt in range(1, _TRIES + 1):
+            batch, error = await self._try_to_write(writes, batch, done)
+            if error is None:
+                return
+            if attempt == _TRIES or not isinstance(error, BackendUnavailable):
+                raise error
+            await asyncio.sleep(pause)
+            pause *= 2
 
     async def _try_to_write(
         self, writes: Sequence[Write], batch: list[int], done: list[bool]
@@ -131,7 +137,7 @@ class Table:
         request = ots.BatchWriteRowRequest()
         items = [_item(writes[at]) for at in batch]
         request.add(ots.TableInBatchWriteRowItem(self.name, items))
-        response = await asking(lambda: self.client.batch_write_row(request))
+        response = await self._ask(lambda: self.client.batch_write_row(request))
         answers = [
             answer
             for kind in (
@@ -165,11 +171,11 @@ class Table:
         wanted = list(dict.fromkeys(keys))
 
         async def read(some: list[Key]) -> None:
-            async with self._slots:
-                found.update(await self._read_batch(some, columns))
+            found.update(await self._read_batch(some, columns))
 
         await _all(
-            read(wanted[start : start + _MOST_READ]) for start in range(0, len(wanted), _MOST_READ)
+            partial(read, wanted[start : start + _MOST_READ])
+            for start in range(0, len(wanted), _MOST_READ)
         )
         return found
 
@@ -188,7 +194,7 @@ class Table:
                     self.name, [_primary(key) for key in keys], list(columns), None, 1
                 )
             )
-            response = await asking(lambda request=request: self.client.batch_get_row(request))  # type: ignore[misc]  # bound now, typed above
+            response = await self._ask(partial(self.client.batch_get_row, request))
             answers = response.get_result_by_table(self.name) or []
             left = keys[len(answers) :]
             error: JobError = BackendUnavailable("Tablestore answered for a part of the rows only")
@@ -205,40 +211,66 @@ class Table:
             keys = left
         raise error
 
+    async def pages(
+        self,
+        owner: str,
+        places: tuple[str, str],
+        columns: Sequence[str],
+        *,
+        only_if: ColumnCondition | None = None,
+        at_once: int = _MOST_SCANNED,
+    ) -> AsyncGenerator[tuple[list[Found], str], None]:
+        """The rows of an owner from one place up to another, in order, with these columns: those of
+        one request at a time, perhaps none, and the place at which the next begins.
+
+        With `only_if`, `columns` must hold what it looks at. `at_once` rows are fetched at a time.
+        """
+        import tablestore as ots
+
+        start: Any = _primary((owner, places[0]))
+        end = _primary((owner, places[1]))
+        while start is not None:
+            _, following, rows, _ = await self._ask(
+                partial(
+                    self.client.get_range,
+                    self.name,
+                    ots.Direction.FORWARD,
+                    start,
+                    end,
+                    list(columns),
+                    min(at_once, _MOST_SCANNED),
+                    only_if,
+                    1,
+                )
+            )
+            page = [(row.primary_key[1][1], _columns(row)) for row in rows]
+            yield page, places[1] if following is None else following[1][1]
+            start = following
+
     async def scan(
         self,
         owner: str,
         places: tuple[str, str],
-        columns: Sequence[str] = (),
+        columns: Sequence[str],
         *,
         only_if: ColumnCondition | None = None,
         at_once: int = _MOST_SCANNED,
-    ) -> AsyncGenerator[tuple[str, Columns], None]:
-        """The rows of an owner from one place up to another, in order, with these columns.
+    ) -> AsyncGenerator[Found, None]:
+        """The same, row by row."""
+        pages = self.pages(owner, places, columns, only_if=only_if, at_once=at_once)
+        async with aclosing(pages):
+            async for page, _ in pages:
+                for row in page:
+                    yield row
 
-        `columns` empty means all; with `only_if`, they must hold what it looks at. `at_once` rows
-        are fetched at a time.
-        """
-        import tablestore as ots
+    async def _ask(self, call: Callable[[], Awaitable[T]]) -> T:
+        """One request, in its turn: whoever waits to try again holds up nobody."""
 
-        start, end = _primary((owner, places[0])), _primary((owner, places[1]))
-        while start is not None:
+        async def in_turn() -> T:
             async with self._slots:
-                _, following, rows, _ = await asking(
-                    lambda start=start: self.client.get_range(  # type: ignore[misc]  # bound now
-                        self.name,
-                        ots.Direction.FORWARD,
-                        start,
-                        end,
-                        list(columns) or None,
-                        min(at_once, _MOST_SCANNED),
-                        only_if,
-                        1,
-                    )
-                )
-            for row in rows:
-                yield row.primary_key[1][1], _columns(row)
-            start = following
+                return await call()
+
+        return await asking(in_turn)
 
     async def ping(self) -> None:
         """Whether the table can be read. Raises as all calls do."""
@@ -274,9 +306,16 @@ def both(*conditions: ColumnCondition | None) -> ColumnCondition | None:
     return together
 
 
-async def _all(parts: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Has all parts come to their end, then raises what the first of them failed with."""
-    for outcome in await asyncio.gather(*parts, return_exceptions=True):
+async def _all(parts: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    """Has all parts come to their end, a few at a time, then raises what the first of them failed
+    with."""
+    slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(part: Callable[[], Awaitable[None]]) -> None:
+        async with slots:
+            await part()
+
+    for outcome in await asyncio.gather(*map(one, parts), return_exceptions=True):
         if outcome is not None:
             raise outcome
 
@@ -318,18 +357,3 @@ def _batches(writes: Sequence[Write]) -> list[list[int]]:
         batches[-1].append(at)
         size += bytes_of_it
     return batches
-
-
-async def in_parts(
-    rows: AsyncGenerator[tuple[str, Columns], None], most: int
-) -> AsyncGenerator[list[tuple[str, Columns]], None]:
-    """A scan's rows, at most so many at a time."""
-    part: list[tuple[str, Columns]] = []
-    async with aclosing(rows):
-        async for row in rows:
-            part.append(row)
-            if len(part) >= most:
-                yield part
-                part = []
-    if part:
-        yield part

@@ -65,14 +65,14 @@ class Vectors:
         """The vector of each text as Tablestore holds it, or why it has none.
 
         Of a text that is longer than the model takes, that of its beginning. Raises
-        `BackendUnavailable`, and what all texts fail with.
+        `BackendUnavailable`.
         """
         cut = [self._cut(text) for text in texts]
         try:
             return [_stored(vector) for vector in await self._batcher.embed(cut)]
-        except BackendError:
+        except BackendError as error:
             if len(cut) == 1:
-                raise
+                return [error]
         # One of them is to blame, or all are: each has an answer of its own. What was embedded
         # before is not embedded again.
         each = await asyncio.gather(
