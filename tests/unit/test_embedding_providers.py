@@ -17,8 +17,9 @@ import pytest
 
 from recallq.errors import BackendError, BackendUnavailable, ConfigurationError, MissingExtra
 from recallq_worker.embedding import Embedder, Kind, Refused, Throttled, make_batcher, make_embedder
-from recallq_worker.embedding.failures import failure, retry_after
+from recallq_worker.embedding.failures import failure
 from recallq_worker.models import ModelSettings
+from recallq_worker.retries import retry_after
 from tests.conftest import no_blocking
 from tests.loopback import dashscope_api as native
 from tests.loopback.dashscope_api import DashScopeServer

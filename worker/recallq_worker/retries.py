@@ -7,8 +7,12 @@ back together.
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 from recallq.errors import BackendUnavailable, JobError
 
@@ -46,3 +50,25 @@ class RetryPolicy:
         if error.retry_after is not None:
             wait += min(max(error.retry_after, 0.0), _LONGEST_REQUEST)
         return None if left is not None and wait >= left else wait
+
+
+def retry_after(headers: Mapping[str, str] | None) -> float | None:
+    """The wait that an HTTP server asked for, in seconds: ``Retry-After``, or the variant in
+    milliseconds that OpenAI sends. Names of headers in lower case."""
+    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        said = (headers or {}).get(name)
+        if said is None:
+            continue
+        try:
+            seconds = float(said) * scale
+        except ValueError:
+            try:
+                until = parsedate_to_datetime(said)
+            except ValueError:
+                continue
+            if until.tzinfo is None:
+                until = until.replace(tzinfo=UTC)
+            seconds = (until - datetime.now(UTC)).total_seconds()
+        if math.isfinite(seconds):
+            return max(seconds, 0.0)
+    return None

@@ -6,14 +6,12 @@ overloaded, although it is answered 429 as well.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 from recallq.errors import BackendError, BackendUnavailable, JobError
 from recallq_worker.embedding.base import Refused, Throttled
+from recallq_worker.retries import retry_after
 
 _PASSING = frozenset({408, 409, 423, 425})
 _REFUSED = frozenset({400, 413, 422})
@@ -87,24 +85,3 @@ def _described(status: int, codes: list[str], request_id: object) -> str:
     if isinstance(request_id, str) and re.fullmatch(r"[\w-]{1,80}", request_id):
         said += f", request {request_id}"
     return said
-
-
-def retry_after(headers: Mapping[str, str] | None) -> float | None:
-    """The wait that a provider asked for, in seconds. Names of headers in lower case."""
-    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        said = (headers or {}).get(name)
-        if said is None:
-            continue
-        try:
-            seconds = float(said) * scale
-        except ValueError:
-            try:
-                until = parsedate_to_datetime(said)
-            except ValueError:
-                continue
-            if until.tzinfo is None:
-                until = until.replace(tzinfo=UTC)
-            seconds = (until - datetime.now(UTC)).total_seconds()
-        if math.isfinite(seconds):
-            return max(seconds, 0.0)
-    return None

@@ -7,14 +7,11 @@ not repeated: they may hold keys, and what users said.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any
 
 from recallq.errors import BackendError, BackendUnavailable, JobError
+from recallq_worker.retries import retry_after
 
 _PASSING = frozenset({408, 409, 423, 425, 429})
 _UNREACHABLE = re.compile(
@@ -92,23 +89,4 @@ def _retry_after(error: BaseException) -> float | None:
     debug = getattr(error, "debug_info", None)
     if isinstance(debug, Mapping) and isinstance(debug.get("retry_after"), int | float):
         return max(float(debug["retry_after"]), 0.0)
-    headers: Any = getattr(getattr(error, "response", None), "headers", None)
-    if headers is None:
-        return None
-    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        said = headers.get(name)
-        if said is None:
-            continue
-        try:
-            seconds = float(said) * scale
-        except ValueError:
-            try:
-                until = parsedate_to_datetime(said)
-            except ValueError:
-                continue
-            if until.tzinfo is None:
-                until = until.replace(tzinfo=UTC)
-            seconds = (until - datetime.now(UTC)).total_seconds()
-        if math.isfinite(seconds):
-            return max(seconds, 0.0)
-    return None
+    return retry_after(getattr(getattr(error, "response", None), "headers", None))
