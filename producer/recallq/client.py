@@ -76,7 +76,8 @@ class MemoryClient:
         self._transport: Transport | None = None
         self._requests: Requests
         self._batcher: Batcher
-        self._in_flight: asyncio.Semaphore
+        self._in_flight: dict[bool, asyncio.Semaphore]
+        """Of writes, and of reads, which do not wait for writes that take long."""
 
     # --- lifecycle ------------------------------------------------------------------------------
 
@@ -87,7 +88,8 @@ class MemoryClient:
         transport = Transport(self.settings)
         self._requests = Requests(self.settings, transport.clock)
         self._batcher = Batcher(self.settings, self._send)
-        self._in_flight = asyncio.Semaphore(self.settings.max_in_flight)
+        most = self.settings.max_in_flight
+        self._in_flight = {writes: asyncio.Semaphore(most) for writes in (True, False)}
         self._transport = transport  # before the await: a second start() must not make another
         try:
             await transport.start()
@@ -397,7 +399,7 @@ class MemoryClient:
         """Sends a job and waits for its value."""
         draft: Draft | None = None
         try:
-            async with asyncio.timeout(timeout), self._in_flight:
+            async with asyncio.timeout(timeout), self._in_flight[request.operation.writes]:
                 draft = self._put(request, wait=True, early=early)
                 await draft.accepted
                 assert draft.outcome is not None  # wait=True
@@ -415,7 +417,7 @@ class MemoryClient:
 
     async def _submit(self, request: Request) -> JobHandle:
         """Sends a job and returns once it is accepted."""
-        async with self._in_flight:
+        async with self._in_flight[request.operation.writes]:
             await self._put(request, wait=False).accepted
         return JobHandle(self, request.job.id)
 
@@ -446,13 +448,19 @@ class MemoryClient:
         """The likeliest reason for a timeout, as far as Redis tells it quickly."""
         with contextlib.suppress(RecallQError, TimeoutError):
             async with asyncio.timeout(1.0):
-                if not any(lane in worker.lanes for worker in await self.workers()):
+                workers = await self.workers()
+                if not any(lane in worker.lanes for worker in workers):
                     return (
                         f": no worker is running for lane {lane.value}; "
                         "start one with 'recallq worker'"
                     )
-                if job_id:
-                    return await self.transport.standing(JobRef.parse(job_id))
+                if not job_id:
+                    most = self.settings.max_in_flight
+                    return f": it waited for its turn behind {most:,} calls (max_in_flight)"
+                standing = await self.transport.standing(JobRef.parse(job_id))
+                if not any(Lane.SLOW in worker.lanes for worker in workers):
+                    standing += "; no worker is running for lane slow"
+                return standing
         return ""
 
     def _ready(self) -> Requests:

@@ -437,6 +437,12 @@ class BatchResult(BaseModel):
     epochs: list[int] = Field(default_factory=list)
     """Of reads: each job's deletion epoch. A deletion with a higher one withdraws the answer."""
 
+    @property
+    def reached(self) -> int:
+        """How far the jobs have come altogether: two steps to settle, of which being stored is
+        one."""
+        return sum(2 if each.state.settled else 1 for each in self.outcomes if each is not None)
+
 
 PARTIAL = "PARTIAL"
 """Celery state of a batch of which some jobs have settled and others still run."""

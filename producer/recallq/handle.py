@@ -94,6 +94,12 @@ class JobHandle:
                     raise self._unknown()
                 if isinstance(found, Outcome) and (found.state.settled or early):
                     return found
+                if isinstance(found, Outcome) and not await transport.is_open(self._ref):
+                    # Answered meanwhile; or the ledger was lost, and nobody goes on with it.
+                    last = await transport.fetch(self._ref)
+                    if isinstance(last, Outcome) and last.state.settled:
+                        return last
+                    raise self._unknown("it is stored, but nothing is known of it any more")
                 if found.state is JobState.CANCELLED:
                     return cancelled()
                 # Nobody may be there to say that it has expired.
@@ -104,7 +110,9 @@ class JobHandle:
                     return news.result()
             finally:
                 news.cancel()
-            interval = min(interval * 1.5, _LONGEST_POLL)
+            # What its own client hears of, it need not ask for.
+            own = self._ref.client_id == transport.client_id
+            interval = min(interval * 1.5, _LONGEST_POLL * (4 if own else 1))
 
     async def _deadline(self) -> float | None:
         """The job's deadline; asked for once, for it takes reading the whole batch."""
@@ -117,8 +125,7 @@ class JobHandle:
         """Whether no worker will begin a job any more, clocks being what they are."""
         return deadline is not None and self._client.transport.clock.now() > deadline + _CLOCK_ERROR
 
-    def _unknown(self) -> UnknownJob:
-        return UnknownJob(
-            f"no job {self.id} is known here: it was never accepted, or it settled longer ago than "
-            "results are kept"
-        )
+    def _unknown(
+        self, why: str = "it was never accepted, or it settled longer ago than results are kept"
+    ) -> UnknownJob:
+        return UnknownJob(f"no job {self.id} is known here: {why}")

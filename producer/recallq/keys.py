@@ -44,6 +44,8 @@ class Keys:
         self.slow = f"{namespace}:slow"
         """Sorted set: hash tags of the users for whom writes wait in the slow lane, by the time
         (ms) at which a worker may take one up; of those taken up, by the end of the lease."""
+        self.indexing = f"{namespace}:indexing"
+        """Sorted set: the same of the batches whose adds are stored and not yet searchable."""
         self.extracts = f"{namespace}:extracts"
         """There while workers run a backend that extracts memories, and a day longer."""
         self.slow_tokens = f"{namespace}:slow-tokens"

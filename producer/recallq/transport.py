@@ -240,16 +240,23 @@ class Transport:
         async with asking(self._settings.coordination_url, "cannot count the jobs"):
             return await self.ledger.outstanding()
 
-    async def waiting_users(self) -> int:
-        """Users for whom something waits or is worked on in the slow lane."""
-        async with asking(self._settings.coordination_url, "cannot count the users"):
-            return int(await self._coordination.zcard(self.keys.slow))
+    async def in_slow_lane(self) -> int:
+        """Users whose memories are extracted, and batches that are made searchable, or that wait
+        for it."""
+        async with asking(self._settings.coordination_url, "cannot look into the slow lane"):
+            users = await self._coordination.zcard(self.keys.slow)
+            return int(users + await self._coordination.zcard(self.keys.indexing))
 
     def asking(
         self, doing: str, timeout: float = COMMAND_TIMEOUT
     ) -> AbstractAsyncContextManager[None]:
         """Commands to the coordination Redis; see `recallq.redis_client.asking`."""
         return asking(self._settings.coordination_url, doing, timeout)
+
+    async def is_open(self, ref: JobRef) -> bool:
+        """Whether the ledger has a job's batch: something is yet to come of it."""
+        async with asking(self._settings.coordination_url, "cannot look up the job"):
+            return bool(await self._coordination.exists(self.keys.batch(ref.batch_id)))
 
     async def fetch(self, ref: JobRef) -> Outcome | LedgerEntry | None:
         """What is known of a job: its outcome, perhaps not its last, its place in the ledger, or

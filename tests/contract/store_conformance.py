@@ -68,7 +68,7 @@ class StoreConformance(ABC):
         """Adds records, in both steps if the store takes two: then searches find them."""
         await store.add(records)
         if takes_second_step(store):
-            assert not any(await store.index(records))
+            assert not any(await store.index(records, patience=60))
 
     @pytest.fixture
     async def store(self, redis_url: str, namespace: str) -> AsyncIterator[MemoryStore]:

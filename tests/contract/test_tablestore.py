@@ -158,9 +158,9 @@ class TestVectors(StoreConformance):
         await store.add(records)
         assert self.dashscope.embedding_calls == 0
         assert len(await page(store, Scope("default", user))) == 30
-        assert not any(await store.index(records))
+        assert not any(await store.index(records, patience=60))
         assert self.dashscope.embedding_calls == 3
-        assert not any(await store.index(records))
+        assert not any(await store.index(records, patience=60))
         assert self.dashscope.embedding_calls == 3
 
     async def test_what_has_no_text_needs_no_vector(
@@ -180,7 +180,7 @@ class TestVectors(StoreConformance):
         records[7] = record(user, f"forbidden fruit {user}")
         await store.add(records)
         try:
-            errors = await store.index(records)
+            errors = await store.index(records, patience=60)
         finally:
             self.dashscope.inappropriate = lambda text: False
         assert [at for at, error in enumerate(errors) if error is not None] == [7]
@@ -204,7 +204,7 @@ class TestVectors(StoreConformance):
         records = [record(user, f"tea {n}") for n in range(5)]
         await store.add(records)
         await store.delete(Scope("default", user), before_epoch=1)
-        assert not any(await store.index(records))
+        assert not any(await store.index(records, patience=60))
         assert self.dashscope.embedding_calls == 0
 
     async def test_the_same_key_with_another_text(self, store: TablestoreStore, user: str) -> None:
@@ -222,7 +222,7 @@ class TestTheTable:
     ) -> None:
         records = [record(user, "tea")]
         await store.add(records)
-        await store.index(records)
+        await store.index(records, patience=60)
         await store.search(Scope("default", user), "tea", top_k=5, score_threshold=None)
         assert dashscope.embedding_calls == 0
 
@@ -275,7 +275,7 @@ class TestTheTable:
         mine = record(user, "green tea")
         async with opened(by_vector(server)) as other:
             await store.add([mine])
-            await asyncio.gather(store.index([mine]), other.index([mine]))
+            await asyncio.gather(store.index([mine], patience=60), other.index([mine], patience=60))
             for each in (store, other):
                 hits = await each.search(
                     Scope("default", user), "tea", top_k=5, score_threshold=None
@@ -371,7 +371,7 @@ class TestDeletion:
     ) -> None:
         records = [record(user, f"tea {n}", session=f"s{n % 2}") for n in range(6)]
         await store.add(records)
-        await store.index(records)
+        await store.index(records, patience=60)
         server.index_lag = 30.0
         await store.delete(Scope("default", user, "s0"), before_epoch=1)
         hits = await store.search(Scope("default", user), "tea", top_k=9, score_threshold=None)
@@ -466,11 +466,11 @@ class TestDeletion:
         first = record(user, "tea", record_id="k", epoch=0)
         again = record(user, "tea", record_id="k", epoch=1)
         await store.add([first])
-        await store.index([first])
+        await store.index([first], patience=60)
         server.index_lag = 1.5
         await store.add([again])
         await store.delete(Scope("default", user), before_epoch=1)
-        assert not any(await store.index([again]))
+        assert not any(await store.index([again], patience=60))
         hits = await store.search(Scope("default", user), "tea", top_k=5, score_threshold=None)
         assert len(hits) == 1
 
@@ -484,7 +484,7 @@ class TestSearchIndex:
             with pytest.raises(BackendUnavailable, match="being built") as caught:
                 await store.search(Scope("default", user), "tea", top_k=5, score_threshold=None)
             assert caught.value.retry_after is not None
-            (error,) = await store.index([mine])
+            (error,) = await store.index([mine], patience=60)
             assert isinstance(error, BackendUnavailable)
             assert "being built" in str(error)
             health = await store.health()
@@ -504,7 +504,7 @@ class TestSearchIndex:
         records = [record(user, f"tea {n}") for n in range(600)]
         await store.add(records)
         server.fail_with("Search", "OTSInternalServerError", times=8)
-        errors = await store.index(records)
+        errors = await store.index(records, patience=60)
         assert all(isinstance(each, BackendUnavailable) for each in errors)
 
     async def test_a_request_that_hangs_stops_nobody_else(
@@ -513,9 +513,9 @@ class TestSearchIndex:
         records = [record(user, f"tea {n}") for n in range(2)]
         await store.add(records)
         server.hang("/Search$", 3600, times=1)
-        first = asyncio.create_task(store.index(records[:1]))
+        first = asyncio.create_task(store.index(records[:1], patience=60))
         await asyncio.to_thread(server.wait_for_request, "/Search")
-        assert not any(await store.index(records[1:]))
+        assert not any(await store.index(records[1:], patience=60))
         assert not any(await first)
 
 
@@ -625,7 +625,7 @@ async def test_waiting_for_the_index_ends_when_it_is_cancelled(
     server.index_lag = 60.0
     records = [record(user, "tea")]
     await store.add(records)
-    waiting = asyncio.create_task(store.index(records))
+    waiting = asyncio.create_task(store.index(records, patience=60))
     await asyncio.to_thread(server.wait_for_request, "/Search")
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)

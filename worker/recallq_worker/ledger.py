@@ -83,10 +83,11 @@ if deliveries > 1 then
     if index then suspects[#suspects + 1] = index .. ':' .. redis.call('HGET', KEYS[1], field) end
   end
 end
-local answers = {}
+local answers, begun = {}, {}
 if y then
   for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
     local index = string.match(field, '^u(%d+)$')
+    begun[#begun + 1] = string.match(field, '^g(%d+)$')
     if index then
       answers[#answers + 1] = index
       answers[#answers + 1] = redis.call('HGET', KEYS[1], field)
@@ -94,7 +95,7 @@ if y then
   end
 end
 return {'claimed', deliveries, e or '', (c or '') .. (p or ''), a or '0',
-        table.concat(suspects, ','), o or '{}', y or '', answers}
+        table.concat(suspects, ','), o or '{}', y or '', answers, begun}
 """
 )
 
@@ -268,6 +269,8 @@ class Claim:
     """Whether the jobs that are open were handed to the slow lane."""
     answers: dict[int, bytes] = field(default_factory=dict)
     """What the slow lane says of them, of those that it is done with."""
+    begun: frozenset[int] = field(default_factory=frozenset)
+    """Indexes of those that the slow lane has begun, or that were stored before they came there."""
 
     @property
     def first(self) -> bool:
@@ -327,7 +330,17 @@ class WorkerLedger:
             verdict, *found = await self._try_to_claim(batch.id)
         if verdict != b"claimed":
             return None
-        deliveries, epochs, cancelled, attempts, suspects, waiting, handed_over, answers = found
+        (
+            deliveries,
+            epochs,
+            cancelled,
+            attempts,
+            suspects,
+            waiting,
+            handed_over,
+            answers,
+            begun,
+        ) = found
         return Claim(
             epochs=_epochs(epochs),
             deliveries=int(deliveries),
@@ -347,6 +360,7 @@ class WorkerLedger:
                 int(index): answer
                 for index, answer in zip(answers[::2], answers[1::2], strict=True)
             },
+            begun=frozenset(map(int, begun)),
         )
 
     @cached_property

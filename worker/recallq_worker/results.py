@@ -16,7 +16,7 @@ from celery.states import READY_STATES
 from redis import Redis
 from redis.commands.core import Script
 
-from recallq.contract import Outcome, client_of, failed, fields_of
+from recallq.contract import PARTIAL, Outcome, client_of, failed, fields_of
 from recallq.errors import InternalError
 from recallq.keys import Keys
 from recallq.redis_client import LOST
@@ -44,11 +44,16 @@ end
 # ARGV: batch id, prefix of the queued sets, result, seconds to keep it, channel, announcement,
 #       final (1/0), settle here (1/0).
 # A final result stays as it is: a batch that two workers ran, because one was taken for dead, is
-# answered once, and no late part of an answer takes its place.
+# answered once, and no late part of an answer takes its place. Nor does a part take the place of
+# one that goes further.
 _STORE = (
     _SETTLE
     + """
+local function reached(stored)
+  return tonumber(string.match(string.sub(stored, 1, 60), '"PARTIAL","reached":(%d+)') or '0')
+end
 local before = redis.call('GET', KEYS[1])
+if before and ARGV[7] == '0' and reached(before) > reached(ARGV[3]) then return end
 if not before or string.find(string.sub(before, 1, 40), 'PARTIAL', 1, true) then
   redis.call('SET', KEYS[1], ARGV[3])
   if ARGV[7] == '0' then
@@ -130,6 +135,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
             result=result, state=state, traceback=traceback, request=request
         )
         meta["task_id"] = task_id
+        if state == PARTIAL:
+            meta = {"status": state, "reached": result.reached, **meta}
         stored = self.encode(meta)
         self.ensure(self._store_and_settle, (task_id, stored, state in READY_STATES))
         return result

@@ -135,7 +135,7 @@ class BatchRunner:
         """Removes the dead letters of jobs that have succeeded after all: the worker that wrote
         them died before it could say so."""
         for job, outcome in zip(batch.jobs, result.outcomes, strict=True):
-            if outcome is not None and outcome.state is JobState.SUCCEEDED:
+            if outcome is not None and outcome.state in (JobState.STORED, JobState.SUCCEEDED):
                 await insistently(partial(self._dead_letters.withdraw, job.id, job.scope))
 
     async def stop(self) -> None:

@@ -35,7 +35,6 @@ from recallq_worker.backends.base import (
     takes_second_step,
 )
 from recallq_worker.dead_letters import DeadLetters
-from recallq_worker.indexing import MOST_JOBS, Indexing
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import WorkerLedger
 from recallq_worker.retries import RetryPolicy
@@ -46,6 +45,7 @@ from recallq_worker.single_process import LEASE_SECONDS, RENEW_EVERY, OwnerLease
 from recallq_worker.slow_lane import SlowLane
 from recallq_worker.slow_ledger import SlowLedger
 from recallq_worker.slow_turn import Rules
+from recallq_worker.slow_work import Extraction, Indexing
 from recallq_worker.sweeper import Sweeper
 
 log = logging.getLogger(__name__)
@@ -208,14 +208,16 @@ class Runtime:
             self.worker_id,
             one_step=settings.broker_url == settings.coordination_url,
         )
-        slow_ledger = SlowLedger(coordination, self._keys, ledger)
+        slow_ledger = SlowLedger(
+            coordination, self._keys, ledger, indexing=takes_second_step(memory)
+        )
         slow_lane = None
         rules = Rules(settings.slow_tokens, settings.slow_timeout, retries, clock.now)
         if Lane.SLOW not in self._lanes:
             pass  # another process works in it
         elif isinstance(memory, MemoryExtractor):
             slow_lane = SlowLane(
-                memory,
+                Extraction(memory),
                 slow_ledger,
                 rules,
                 users_at_once=settings.slow_users,
@@ -228,7 +230,6 @@ class Runtime:
                 rules,
                 users_at_once=settings.index_batches,
                 pause=0.0,
-                most_jobs=MOST_JOBS,
             )
         dead_letters = DeadLetters(coordination, self._keys)
         runner = BatchRunner(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
@@ -186,23 +186,7 @@ class MemoryService:
         try:
             if claim.handed_over:
                 await self._collect(run)
-            runnable: list[int] = []
-            for_slow_lane: list[int] = []
-            for index, job in enumerate(batch.jobs):
-                outcome = result.outcomes[index]
-                if outcome is not None and outcome.state.settled:
-                    continue
-                # Of what is in the slow lane, only that lane can say what comes of it.
-                if outcome is not None or (claim.handed_over and not self._indexes):
-                    for_slow_lane.append(index)
-                    continue
-                if await self._refused(run, index, job):
-                    continue
-                waiting = claim.waiting.get(index)
-                if waiting is not None and waiting.due > self._now() + _DUE_TOGETHER:
-                    run.waiting[index] = waiting
-                else:
-                    runnable.append(index)
+            runnable, for_slow_lane = await self._open_jobs(run)
             if self._extractor is not None and batch.operation.writes:
                 return await self._what_is_left(run, for_slow_lane + runnable)
             if claim.deliveries > 1:
@@ -222,6 +206,31 @@ class MemoryService:
             return None
         finally:
             self._runs.pop(batch.id, None)
+
+    async def _open_jobs(self, run: _Run) -> tuple[list[int], list[int]]:
+        """Those to be run now, and those for the slow lane, of which only that lane can say what
+        comes. Answers those that are not run at all."""
+        runnable: list[int] = []
+        for_slow_lane: list[int] = []
+        for index, job in enumerate(run.batch.jobs):
+            outcome = run.result.outcomes[index]
+            if outcome is not None and outcome.state.settled:
+                continue
+            if outcome is not None and not self._indexes and self._extractor is None:
+                # The store was set up otherwise before, and finds what it keeps as it is.
+                outcome.state = JobState.SUCCEEDED
+                continue
+            if outcome is not None or (run.claim.handed_over and self._extractor is not None):
+                for_slow_lane.append(index)
+                continue
+            if index not in run.claim.begun and await self._refused(run, index, job):
+                continue
+            waiting = run.claim.waiting.get(index)
+            if waiting is not None and waiting.due > self._now() + _DUE_TOGETHER:
+                run.waiting[index] = waiting
+            else:
+                runnable.append(index)
+        return runnable, for_slow_lane
 
     def stop(self, batch_id: str, indexes: Iterable[int]) -> None:
         """Asks jobs that run to stop. One that is being stored together with others, which go on,
@@ -288,9 +297,7 @@ class MemoryService:
                 run.result.outcomes[index] = _succeeded(found["result"])
                 continue
             error = from_wire(found["error"], job_id=run.batch.jobs[index].id)
-            await self._failed(run, index, error, found.get("attempts"), found.get("history"))
-            if (outcome := run.result.outcomes[index]) is not None:
-                outcome.result = found.get("stored")
+            await self._failed(run, index, error, found)
 
     async def _refused(self, run: _Run, index: int, job: Job) -> bool:
         """Whether a job is not run at all; then it has its outcome."""
@@ -309,11 +316,16 @@ class MemoryService:
                 f"{claim.deaths[index]} workers died while they ran this job and nothing else of "
                 "its batch"
             )
-        else:
+        elif not self._may_be_stored(job, claim):
             error = self._lateness(job, first=claim.first)
         if error is not None:
             await self._failed(run, index, error)
         return error is not None
+
+    def _may_be_stored(self, job: Job, claim: Claim) -> bool:
+        """Whether a worker may have died after it stored an add, that nobody has yet made
+        searchable: it must not end here."""
+        return self._indexes and isinstance(job, AddJob) and claim.deliveries > 1
 
     @property
     def extracts(self) -> bool:
@@ -337,17 +349,18 @@ class MemoryService:
         run: _Run,
         index: int,
         error: JobError,
-        attempts: int | None = None,
-        history: Sequence[dict[str, Any]] | None = None,
+        told: Mapping[str, Any] | None = None,
     ) -> None:
-        """A job failed for good; the slow lane knows after how many attempts."""
+        """A job failed for good. `told` is what the slow lane says: after how many attempts, and
+        what it came to before."""
+        told = told or {}
         outcome = failed(error)
-        if attempts is None:
-            attempts = run.attempts(index) + run.claim.deliveries
+        outcome.result = told.get("stored")
+        attempts = told.get("attempts") or run.attempts(index) + run.claim.deliveries
         if (
             outcome.state is JobState.FAILED
             and run.batch.operation.writes
-            and await run.observer.dead(index, error, attempts, history)
+            and await run.observer.dead(index, error, attempts, told.get("history"))
         ):
             outcome.state = JobState.DEAD
         run.result.outcomes[index] = outcome
@@ -434,7 +447,9 @@ class MemoryService:
         """Runs jobs one after the other, leaving word of which one it is."""
         log.warning("batch %s is run again, one job at a time", run.batch.id)
         for index in runnable:
-            late = self._lateness(run.batch.jobs[index], first=False)
+            late = None
+            if not self._may_be_stored(run.batch.jobs[index], run.claim):
+                late = self._lateness(run.batch.jobs[index], first=False)
             if late is None:
                 await run.observer.alone(index)
             await self._settle(run, index, late or await self._run_one(run, index))

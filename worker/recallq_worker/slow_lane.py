@@ -1,7 +1,7 @@
 """The slow lane: what takes seconds, one thing at a time per user, many users at once.
 
 Extractions and deletes of backends that extract memories; of stores, the second step that makes
-what they keep searchable (`recallq_worker.indexing`).
+what they keep searchable (`recallq_worker.slow_work`).
 
 A worker that has the slow lane takes up users who are due, as many as it may at once, each in a
 task of its own on the process's loop. So an LLM that takes seconds holds no slot that a search
@@ -21,12 +21,11 @@ from recallq_worker.backends.base import Superseded
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import RENEW_EVERY
 from recallq_worker.slow_ledger import DeleteGoesFirst, SlowLedger, Turn, TurnIsOver
-from recallq_worker.slow_turn import ActiveTurn, Rules, SlowWork
+from recallq_worker.slow_turn import ActiveTurn, Rules
+from recallq_worker.slow_work import SlowWork
 
 log = logging.getLogger(__name__)
 
-_MOST_JOBS = 200
-"""Most jobs of a user that one turn takes up, unless it is said otherwise."""
 _LOOK_EVERY = 0.1
 """Seconds after which a worker with room looks for users again, if nobody tells it before."""
 _FAREWELL = 3.0
@@ -44,16 +43,13 @@ class SlowLane:
         *,
         users_at_once: int,
         pause: float,
-        most_jobs: int = _MOST_JOBS,
     ) -> None:
-        """`pause` in seconds: for how long adds that are left after a turn wait for others.
-        `most_jobs` of a user are taken up at once."""
+        """`pause` in seconds: for how long adds that are left after a turn wait for others."""
         self._work = work
         self._ledger = ledger
         self._rules = rules
         self._users_at_once = users_at_once
         self._pause = pause
-        self._most_jobs = most_jobs
         self._active: dict[str, ActiveTurn] = {}
         self._news = asyncio.Event()
         self._stopping = False
@@ -87,7 +83,7 @@ class SlowLane:
             if room > 0 and not self._stopping:
                 try:
                     async with asyncio.timeout(COMMAND_TIMEOUT):
-                        wait, turns = await self._ledger.take(room, self._most_jobs)
+                        wait, turns = await self._ledger.take(room, self._work.most_jobs)
                 except LOST as error:
                     log.debug("cannot look into the slow lane: %s", type(error).__name__)
                     await asyncio.sleep(0.5)
@@ -134,7 +130,7 @@ class SlowLane:
                 await active.work()
             if active.postponed:
                 jobs = active.postponed
-                await insistently(lambda: self._ledger.postpone(turn, active.delay, jobs))
+                await insistently(lambda: self._ledger.postpone(turn, active.pause, jobs))
             else:
                 pause = self._pause if active.extracted else 0.0
                 await insistently(lambda: self._ledger.release(turn, pause))

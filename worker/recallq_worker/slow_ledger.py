@@ -12,7 +12,8 @@ holds for such a batch and its own.
 Everything a crash may fall between is one script. Of a user, by hash tag (see `recallq.keys`):
 
     slow      when somebody may take up the user: after a pause for others to join, at the end of
-              the lease, when another attempt is due
+              the lease, when another attempt is due; `indexing` is the same for stored adds, which
+              another kind of backend must not take for adds to extract
     coming    adds that were submitted, and are not here yet: what was submitted later waits for
               them for some seconds, as long as it takes to run again what a killed worker held
     waiting   job ids in order: deletes by their epoch (ms), which is below the order key (µs) of
@@ -53,6 +54,10 @@ _REMEMBERED = 30 * 24 * 3600
 _NOT_BRIEF = 2
 _MOST_BYTES = 4 * 1024 * 1024
 """What one turn takes up of a user at most, about."""
+_MOST_BYTES_ALTOGETHER = 16 * 1024 * 1024
+"""What one look takes up of all users, about: Redis does nothing else meanwhile."""
+SUSPICIOUS = 2
+"""Turns that did not come to an end after which jobs are worked on one by one."""
 
 
 class TurnIsOver(Exception):
@@ -105,6 +110,8 @@ class PendingJob:
     attempts: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     """Earlier attempts, oldest first: ``at``, ``error``."""
+    due: float = 0.0
+    """When the next attempt is, in seconds since the epoch."""
 
     @property
     def again(self) -> str:
@@ -149,7 +156,10 @@ class Verdict:
 class SlowLedger:
     """The slow lane's state, as one worker process uses it. Errors are redis-py's."""
 
-    def __init__(self, redis: RedisClient, keys: Keys, ledger: WorkerLedger) -> None:
+    def __init__(
+        self, redis: RedisClient, keys: Keys, ledger: WorkerLedger, *, indexing: bool = False
+    ) -> None:
+        """`indexing`: whether adds are taken up that are stored, to be made searchable."""
         self._keys = keys
         self._ledger = ledger
         self._redis = redis
@@ -162,8 +172,9 @@ class SlowLedger:
         self._release = redis.register_script(scripts.RELEASE)
         self._renew = redis.register_script(scripts.RENEW)
         self._refused = redis.register_script(scripts.REFUSED)
-        ours = [keys.delayed, keys.held, keys.slow, keys.slow_tokens]
-        self._script_keys = [*ours, keys.coming("")]
+        mine = keys.indexing if indexing else keys.slow
+        ours = [keys.delayed, keys.held, mine, keys.slow_tokens]
+        self._script_keys = [*ours, keys.coming(""), keys.slow, keys.indexing]
         prefixes = (keys.waiting(""), keys.pending(""), keys.turn(""), keys.epochs_of(""))
         self._common = [*ledger.script_arguments, *prefixes, keys.done("")[:-1]]
 
@@ -232,6 +243,8 @@ class SlowLedger:
                 most,
                 most_jobs,
                 _MOST_BYTES,
+                _MOST_BYTES_ALTOGETHER,
+                SUSPICIOUS + 1,
             ],
         )
         return (None if wait < 0 else float(wait) / 1000), [_turn(*each) for each in taken]
@@ -312,7 +325,7 @@ class SlowLedger:
         """Ends a turn, for another attempt in `delay` seconds."""
         args: list[str | int | bytes] = []
         for job in jobs:
-            tried = {"attempts": job.attempts, "history": job.history}
+            tried = {"attempts": job.attempts, "history": job.history, "due": job.due}
             args += [job.id, orjson.dumps(tried)]
         await self._postpone(
             keys=self._script_keys,
@@ -383,6 +396,7 @@ def _pending(job_id: str, item: bytes, tried: bytes) -> PendingJob:
     if tried:
         earlier = orjson.loads(tried)
         pending.attempts, pending.history = earlier["attempts"], earlier["history"]
+        pending.due = earlier.get("due", 0.0)
     return pending
 
 

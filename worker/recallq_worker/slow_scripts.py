@@ -8,8 +8,9 @@ from __future__ import annotations
 from recallq_worker.ledger import REQUEUE
 
 # ARGV 1-4: push here (1/0), prefixes of queued sets, queues and batches; 5-9: prefixes of waiting,
-# pending, turns, epochs (where deletions leave their fences) and done. KEYS: delayed, held, slow,
-# tokens, prefix of what is coming. `pushed` is what could not be pushed here.
+# pending, turns, epochs (where deletions leave their fences) and done. KEYS: delayed, held, what
+# the worker takes from (slow, or indexing), tokens, prefix of what is coming, slow, indexing.
+# `pushed` is what could not be pushed here.
 _PRELUDE = (
     REQUEUE
     + """
@@ -139,12 +140,13 @@ for at = 16, #ARGV, 10 do
         redis.call('HSET', turn, 'd', 0)
         leased = nil
       end
+      local slow = kind == 'i' and KEYS[7] or KEYS[6]
       redis.call('HSET', pending .. tag, job, item)
       redis.call('ZADD', waiting .. tag, score, job)
       if kind ~= 'a' then redis.call('HSET', batch, 'g' .. index, 1) end
       if kind == 'd' then
         if not leased then redis.call('ZADD', slow, now, tag) end
-      elseif not leased and (not retry or tonumber(retry) <= now) then
+      elseif not leased and (kind == 'i' or not retry or tonumber(retry) <= now) then
         local due = redis.call('ZSCORE', slow, tag)
         local at_last = now + tonumber(wait)
         if not due or tonumber(due) > at_last then redis.call('ZADD', slow, at_last, tag) end
@@ -171,15 +173,17 @@ return {1, pushed}
 """
 )
 
-# ARGV 10-14: worker id, lease (ms), most users, most jobs and bytes of each.
+# ARGV 10-16: worker id, lease (ms), most users, most jobs and bytes of each, bytes of all together
+# after which nobody else is taken up, turns begun from which on jobs are worked on one by one.
 # Returns the time (ms) until the next user is due, and of each: tag, token, turns begun, epoch of
 # the last deletion that was submitted, time (ms) that adds have yet to wait for another attempt,
 # journal, jobs as id, item, earlier attempts.
 TAKE = (
     _PRELUDE
     + """
-local taken = {}
+local taken, total = {}, 0
 for _, tag in ipairs(redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, ARGV[12])) do
+  if total > tonumber(ARGV[15]) then break end
   local turn = turns .. tag
   rest(tag)
   local jobs, bytes = {}, 0
@@ -192,6 +196,7 @@ for _, tag in ipairs(redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, 
       bytes = bytes + #item
     end
   end
+  total = total + bytes
   if #jobs == 0 then
     redis.call('ZREM', slow, tag)
     redis.call('DEL', turn)
@@ -202,6 +207,10 @@ for _, tag in ipairs(redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, 
     if wait == 0 then redis.call('HDEL', turn, 'b') end
     redis.call('ZADD', slow, now + tonumber(ARGV[11]), tag)
     local begun = redis.call('HINCRBY', turn, 'd', 1)
+    for _, field in ipairs(redis.call('HKEYS', turn)) do
+      -- Somebody has died of a single job: they go on one by one.
+      if string.sub(field, 1, 1) == 'k' then begun = math.max(begun, tonumber(ARGV[16])) end
+    end
     local deletion = redis.call('HGET', epochs .. tag, 'n') or '0'
     local journal = redis.call('HGET', turn, 'j') or ''
     taken[#taken + 1] = {tag, tostring(token), begun, deletion, wait, journal, jobs}
@@ -328,6 +337,7 @@ POSTPONE = (
 local tag = ARGV[10]
 if not mine(tag, ARGV[11]) then return 0 end
 rest(tag)
+redis.call('DEL', turns .. tag .. ':f' .. ARGV[11])
 local due = now + tonumber(ARGV[12])
 redis.call('HSET', turns .. tag, 'd', 0, 'b', due)
 redis.call('ZADD', slow, due, tag)
@@ -352,6 +362,7 @@ for job in string.gmatch(redis.call('HGET', turn, 'r') or '', '[^,]+') do
   if by == ARGV[11] then redis.call('HSET', turn, 'k' .. job, (times - 1) .. ':') end
 end
 rest(tag)
+redis.call('DEL', turn .. ':f' .. ARGV[11])
 redis.call('HSET', turn, 'd', 0)
 local next = redis.call('ZRANGE', waiting .. tag, 0, 0)[1]
 if next then

@@ -16,11 +16,11 @@ import random
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import orjson
 
-from recallq.contract import AddJob, Scope, never_begun
+from recallq.contract import AddJob, never_begun
 from recallq.errors import (
     BackendUnavailable,
     InternalError,
@@ -31,17 +31,23 @@ from recallq.errors import (
     WorkerLost,
     to_wire,
 )
-from recallq_worker.backends.base import Extracted, Journal, Submission, Superseded
+from recallq_worker.backends.base import Extracted, Submission, Superseded
 from recallq_worker.insistence import insistently
 from recallq_worker.retries import RetryPolicy
-from recallq_worker.slow_ledger import PendingJob, SlowLedger, Turn, TurnIsOver, Verdict
+from recallq_worker.slow_ledger import (
+    SUSPICIOUS,
+    PendingJob,
+    SlowLedger,
+    Turn,
+    TurnIsOver,
+    Verdict,
+)
+from recallq_worker.slow_work import SlowWork
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SUSPICIOUS = 2
-"""Turns that did not come to an end after which a user's jobs are worked on one by one."""
 _DEATHS = 3
 """Workers that a job may take with it, alone, before it is given up."""
 _RESUME_AGAIN = 5.0
@@ -65,30 +71,6 @@ class Rules:
     """Seconds that one call of the extractor may take."""
     retries: RetryPolicy
     now: Callable[[], float]
-
-
-class SlowWork(Protocol):
-    """What is done in the slow lane; see `MemoryExtractor`, whose calls these are."""
-
-    @property
-    def name(self) -> str: ...
-
-    def group(self, submission: Submission) -> Hashable: ...
-
-    def tokens(self, submission: Submission) -> int: ...
-
-    async def extract(
-        self, submissions: Sequence[Submission], journal: Journal
-    ) -> Sequence[Extracted | JobError]:
-        """What came of each. An error of one is not the others'; nothing of it is stored that was
-        not before."""
-        ...
-
-    async def recover(
-        self, submissions: Sequence[Submission], intent: dict[str, Any]
-    ) -> Sequence[Extracted] | None: ...
-
-    async def delete(self, scope: Scope, *, before_epoch: int) -> int: ...
 
 
 class ActiveTurn:
@@ -132,11 +114,13 @@ class ActiveTurn:
         Raises `TurnIsOver`, and `DeleteGoesFirst` if the turn is to be released at once.
         """
         turn = self.turn
-        alone = turn.begun > _SUSPICIOUS
+        alone = turn.begun > SUSPICIOUS
         for job in turn.jobs:
             if not isinstance(job.job, AddJob):
                 await self._delete(job, alone=alone)
-        if self.postponed or (turn.wait > 0 and await self._must_wait()):
+        if self.postponed or (
+            not self._work.indexing and turn.wait > 0 and await self._must_wait()
+        ):
             return
         if turn.journal is not None and not await self._resume(turn.journal):
             return
@@ -145,10 +129,21 @@ class ActiveTurn:
             outcomes = [(job, orjson.dumps({"error": error})) for job in turn.unreadable]
             await self._answer([], unreadable=outcomes)
         adds = [job for job in turn.jobs if isinstance(job.job, AddJob)]
+        if self._work.indexing:
+            self.postponed += [job for job in adds if job.due > self._rules.now()]
+            adds = [job for job in adds if job not in self.postponed]
         for group in [[job] for job in adds] if alone else self._grouped(adds, turn.deletion):
-            if self.postponed:
+            if self.postponed and not self._work.indexing:
                 return  # in order: what comes later waits with it
             await self._extract(group, alone=alone)
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the postponed jobs are worked on again: all at the same time where they
+        keep an order, else the first of them."""
+        if not self._work.indexing:
+            return self.delay
+        return max(0.0, min(job.due for job in self.postponed) - self._rules.now())
 
     async def _must_wait(self) -> bool:
         """Whether an add is left that waits for another attempt; those that a delete has fenced off
@@ -271,7 +266,9 @@ class ActiveTurn:
                 raise Superseded
             self._entry = entry
 
-        done = await self._calling(jobs, lambda: self._work.extract(submissions, journal))
+        done = await self._calling(
+            jobs, lambda: self._work.extract(submissions, journal, alone=alone)
+        )
         if isinstance(done, JobError) and self._entry is not None:
             # Something may be stored, or even everything. Before it is tried again, nothing is.
             found = await self._recovering(jobs, submissions, self._entry)
@@ -302,12 +299,14 @@ class ActiveTurn:
     async def _failed(self, jobs: Sequence[PendingJob], error: JobError) -> None:
         """Nothing came of extracting jobs together, and nothing of them is stored."""
         hopeless = [job for job in jobs if self._wait(job, error) is None]
-        if len(jobs) > 1 and hopeless:
+        # Of what is unavailable each has had its chances; where there is no order, that is enough.
+        passing = isinstance(error, BackendUnavailable) and self._work.indexing
+        if len(jobs) > 1 and hopeless and not passing:
             # It may be due to one of them: each is given a chance of its own.
             log.warning("extracting together failed (%s); one by one", type(error).__name__)
             before = len(self.postponed)  # who waits for what is on its way comes later anyway
             for job in jobs:
-                if len(self.postponed) > before:
+                if len(self.postponed) > before and not self._work.indexing:
                     return  # in order
                 if job in hopeless:
                     await self._extract([job])
@@ -357,7 +356,7 @@ class ActiveTurn:
         await insistently(lambda: self._ledger.begin(turn, jobs, busy=True))
         outcomes: list[_Answered] = []
         done: Sequence[Extracted] | JobError | None = None
-        if turn.begun > _SUSPICIOUS + _DEATHS:
+        if turn.begun > SUSPICIOUS + _DEATHS:
             log.error("workers die of looking what an interrupted extraction stored; not looked")
         else:
             done = await self._recovering(jobs, submissions, entry)
@@ -432,7 +431,9 @@ class ActiveTurn:
         """`error` is such that a later attempt may succeed."""
         wait = self._wait(job, error) or 0.0
         job.attempts += 1
-        job.history.append({"at": self._rules.now(), "error": _in_words(error)})
+        now = self._rules.now()
+        job.history.append({"at": now, "error": _in_words(error)})
+        job.due = now + wait
         self.postponed.append(job)
         self.delay = max(self.delay, wait)
 
@@ -469,6 +470,11 @@ class ActiveTurn:
             return error
         except Superseded:
             raise
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise  # it is we who are to stop
+            return InternalError(f"a call in backend {name} was cancelled from within")
         except TimeoutError:
             return BackendUnavailable(f"{name} did not finish within {self._rules.timeout:g} s")
         except Exception as error:

@@ -65,6 +65,10 @@ def _decode(task: Task, payload: object) -> AnyBatch:
     batch = decode_batch(payload)
     if batch.operation.task_name != task.name:
         raise UndecodableJob(f"a batch of {batch.operation.value} jobs came as {task.name}")
+    if any(each in batch.id for each in "|\n"):
+        raise UndecodableJob(
+            "the batch's id has a character that ids must not have: | or a new line"
+        )
     if batch.id != task.request.id:
         raise UndecodableJob(f"batch {batch.id} came as task {task.request.id}")
     return batch
@@ -72,7 +76,7 @@ def _decode(task: Task, payload: object) -> AnyBatch:
 
 def _answer_early(task: Task, result: BatchResult, answered: int) -> int:
     """Stores how far the jobs have come, if that is further than `answered`; returns how far."""
-    reached = sum(2 if each.state.settled else 1 for each in result.outcomes if each is not None)
+    reached = result.reached
     if reached > answered:
         try:
             task.update_state(state=PARTIAL, meta=result)

@@ -32,7 +32,7 @@ def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
             outstanding = await client.transport.outstanding()
             workers = await client.workers()
             dead = await client.dead_letters.count()
-            waiting = await client.transport.waiting_users()
+            waiting = await client.transport.in_slow_lane()
         if as_json:
             report = {
                 "lanes": {
@@ -44,7 +44,7 @@ def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
                 },
                 "workers": [each.model_dump(mode="json") for each in workers],
                 "dead_letters": dead,
-                "users_in_slow_lane": waiting,
+                "in_slow_lane": waiting,
             }
             sys.stdout.write(orjson.dumps(report).decode() + "\n")
             return

@@ -129,7 +129,7 @@ class FlakyIndexedStore(FlakyRedisStore):
     name: ClassVar[str] = "flaky_indexed"
     indexes = True
 
-    async def index(self, records: Sequence[Record]) -> list[JobError | None]:
+    async def index(self, records: Sequence[Record], *, patience: float) -> list[JobError | None]:
         await self._through(_nothing)
         bad = BackendUnavailable("the weather is bad here")
         return [bad if self._weather.happens("unavailable") else None for _ in records]

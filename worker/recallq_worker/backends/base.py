@@ -127,12 +127,14 @@ class IndexedStore(MemoryStore, Protocol):
     indexes: bool
     """Whether it takes the second step, as it is set up."""
 
-    async def index(self, records: Sequence[Record]) -> Sequence[JobError | None]:
+    async def index(
+        self, records: Sequence[Record], *, patience: float
+    ) -> Sequence[JobError | None]:
         """Makes stored records of any users searchable; returns when a search finds them.
 
         Says of each what it failed with; of one that is not there any more, nothing. What is done
-        already is not done, or paid, again. One that takes long ends as `BackendUnavailable` after
-        some seconds, so that the others need not wait for it. Raises what all fail with. May be
+        already is not done, or paid, again. One that no search finds after `patience` seconds ends
+        as `BackendUnavailable`: the others need not wait for it. Raises what all fail with. May be
         cancelled at any moment.
         """
         ...

@@ -71,9 +71,6 @@ from recallq_worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from tablestore import AsyncOTSClient, ColumnCondition
 
-_PATIENCE = 6.0
-"""Seconds that one look at the search index may take. Its lag is below three as a rule; what takes
-longer is looked for again, and does not hold up what is there."""
 _NEW_TABLE = 30
 """Seconds, about, in which a table that was just made may not be there yet."""
 _SEVERAL = 500
@@ -265,7 +262,9 @@ class TablestoreStore:
 
     # --- the second step ------------------------------------------------------------------------
 
-    async def index(self, records: Sequence[Record]) -> Sequence[JobError | None]:
+    async def index(
+        self, records: Sequence[Record], *, patience: float
+    ) -> Sequence[JobError | None]:
         pointers = await self._notes.read(
             [pointer_key(each) for each in records if not each.fixed], [ORDER]
         )
@@ -282,7 +281,7 @@ class TablestoreStore:
         for key, record in zip(keys, records, strict=True):
             if key in there:
                 epochs[key] = max(record.epoch, epochs.get(key, 0))
-        hidden = await self._watch.shown(epochs, _PATIENCE)
+        hidden = await self._watch.shown(epochs, patience)
         for at, key in enumerate(keys):
             errors[at] = errors[at] or hidden.get(key)
         return errors
