@@ -466,5 +466,5 @@ def test_both_tables_may_be_in_one_instance(
         for request in server.requests_to("/BatchWriteRow")
         for each in request.body.tables
     }
-    assert written == {"recallq_memory"}
+    assert written == {"recallq_memory", "recallq_memory_notes"}
     assert not {"PutRow", "UpdateRow", "DeleteRow", "UpdateTable"} & set(server.calls)

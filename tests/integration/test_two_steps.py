@@ -6,12 +6,24 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import orjson
 import pytest
 
-from recallq import BackendError, JobState, JobTimeout, MemoryClient
+from recallq import (
+    BackendError,
+    BackendUnavailable,
+    InternalError,
+    JobState,
+    JobTimeout,
+    MemoryClient,
+    UnknownJob,
+    WorkerLost,
+)
+from recallq.contract import JobRef
+from recallq.keys import Keys
 from tests.loopback.dashscope_api import DashScopeServer
 from tests.loopback.tablestore_api import TablestoreServer
-from tests.support import Worker
+from tests.support import Worker, redis_at
 
 StartWorker = Callable[..., Worker]
 
@@ -280,3 +292,113 @@ class TestEmbedding:
             mine = [f"tea {n}" for n in range(user, 30, 5)]
             assert await listed(client, f"u{user}") == mine
             assert sorted(await found(client, f"u{user}", "tea")) == sorted(mine)
+
+
+class TestTheSecondStep:
+    """Of a store that does what texts tell it."""
+
+    @pytest.fixture
+    async def worker(self, start_worker: StartWorker) -> Worker:
+        return await asyncio.to_thread(
+            lambda: start_worker(backend="indexed", retry_attempts=3, retry_base=0.1)
+        )
+
+    async def test_a_call_that_is_cancelled_from_within_is_an_error(
+        self, client: MemoryClient, worker: Worker, redis_url: str, namespace: str
+    ) -> None:
+        handle = await client.submit_add("ann", "tea index: cancel")
+        with pytest.raises(InternalError, match="cancelled from within"):
+            await handle.result(60)
+        assert (await handle.result(60, wait="stored")).added == 1
+        assert len(await index_calls(redis_url, namespace)) == 1
+
+    async def test_a_mate_that_has_to_wait_holds_up_no_other(
+        self, client: MemoryClient, worker: Worker
+    ) -> None:
+        ann, bob = await asyncio.gather(
+            client.submit_add("ann", "tea index: fail 1 times, wait 3600"),
+            client.submit_add("bob", "fail 1 times: tea"),
+        )
+        assert JobRef.parse(ann.id).batch_id == JobRef.parse(bob.id).batch_id
+        assert (await bob.result(60)).added == 1
+        assert len(await found(client, "bob", "tea")) == 1
+        assert await ann.status() is JobState.STORED
+
+    async def test_what_is_unavailable_for_all_is_not_asked_one_by_one(
+        self, client: MemoryClient, worker: Worker, redis_url: str, namespace: str
+    ) -> None:
+        handles = await asyncio.gather(
+            *(client.submit_add(f"u{n}", "tea index: unavailable") for n in range(20))
+        )
+        for handle in handles:
+            with pytest.raises(BackendUnavailable, match="stored and listed, but not searchable"):
+                await handle.result(60)
+        assert len(await index_calls(redis_url, namespace)) <= 3 * 2
+
+    async def test_one_that_kills_its_workers_is_singled_out(
+        self, client: MemoryClient, start_worker: StartWorker
+    ) -> None:
+        texts = ["tea", "tea index: exit", *["tea"] * 8]
+        handles = await asyncio.gather(
+            *(client.submit_add(f"u{n}", text) for n, text in enumerate(texts))
+        )
+        waiting = asyncio.gather(*(each.result(110) for each in handles), return_exceptions=True)
+        workers = 0
+        while not waiting.done():
+            victim = await asyncio.to_thread(lambda: start_worker(backend="indexed", ready=False))
+            workers += 1
+            while victim.is_alive() and not waiting.done():
+                await asyncio.sleep(0.1)
+        outcomes: list[Any] = await waiting
+        assert isinstance(outcomes.pop(1), WorkerLost)
+        assert [each.added for each in outcomes] == [1] * 9
+        assert workers <= 8
+
+    async def test_a_fleet_that_is_switched_to_another_backend_mixes_nothing(
+        self, client: MemoryClient, start_worker: StartWorker, redis_url: str, namespace: str
+    ) -> None:
+        """What waits for a store's second step is no extractor's, and comes to no harm."""
+        before = await asyncio.to_thread(lambda: start_worker(backend="indexed", lanes="live,bulk"))
+        handles = await asyncio.gather(*(client.submit_add(f"u{n}", "tea") for n in range(4)))
+        await asyncio.gather(*(each.result(60, wait="stored") for each in handles))
+        await asyncio.to_thread(before.stop)
+        extractor = await asyncio.to_thread(lambda: start_worker(backend="extractor"))
+        assert (await client.add_memory("eve", "coffee")).added == 1
+        async with redis_at(redis_url) as redis:
+            done = await redis.lrange(f"{namespace}:extractions", 0, -1)
+        assert [orjson.loads(each)["user"] for each in done] == ["eve"]
+        assert {await each.status() for each in handles} == {JobState.STORED}
+        await asyncio.to_thread(extractor.stop)
+        await asyncio.to_thread(lambda: start_worker(backend="indexed"))
+        results = await asyncio.gather(*(each.result(60) for each in handles))
+        assert [each.added for each in results] == [1] * 4
+
+    async def test_searches_do_not_wait_for_adds(
+        self, worker: Worker, redis_url: str, namespace: str
+    ) -> None:
+        async with MemoryClient(redis_url, namespace=namespace, max_in_flight=5) as client:
+            adding = [
+                asyncio.create_task(client.add_memory("ann", "tea index: until released"))
+                for _ in range(5)
+            ]
+            assert await client.search_memory("bob", "tea", timeout=20) == []
+            assert not any(each.done() for each in adding)
+            async with redis_at(redis_url) as redis:
+                await redis.set(f"{namespace}:released", 1)
+            await asyncio.gather(*adding)
+
+    async def test_a_ledger_that_forgot_it_is_told(
+        self, client: MemoryClient, worker: Worker, redis_url: str, namespace: str
+    ) -> None:
+        handle = await client.submit_add("ann", "tea index: until released")
+        await handle.result(60, wait="stored")
+        async with redis_at(redis_url) as redis:
+            await redis.delete(Keys(namespace).batch(JobRef.parse(handle.id).batch_id))
+        with pytest.raises(UnknownJob, match="stored, but nothing is known"):
+            await handle.result(60)
+
+
+async def index_calls(redis_url: str, namespace: str) -> list[list[str]]:
+    async with redis_at(redis_url) as redis:
+        calls = await redis.lrange(f"{namespace}:index-calls", 0, -1)
+    return [orjson.loads(each) for each in calls]

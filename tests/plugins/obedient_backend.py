@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import orjson
 
 from recallq.contract import Scope
-from recallq.errors import BackendError, BackendUnavailable
+from recallq.errors import BackendError, BackendUnavailable, JobError
 from recallq.keys import escape
 from recallq.messages import message_text
 from recallq.redis_client import RedisClient
@@ -75,6 +75,46 @@ class SlowRedisStore(RedisStore):
     ) -> list[Hit]:
         await _obey(query)
         return await super().search(scope, query, top_k=top_k, score_threshold=score_threshold)
+
+
+class IndexedRedisStore(RedisStore):
+    """Takes a second step, which obeys what follows ``index:`` in a text; ``cancel`` cancels the
+    call from within. Searches find what has been through it. The users of each call are listed in
+    ``<namespace>:index-calls``."""
+
+    name: ClassVar[str] = "indexed"
+    indexes = True
+
+    async def add(self, records: Sequence[Record]) -> list[Added]:
+        for record in records:
+            await _obey(message_text(record.message).partition("index:")[0])
+        return await super().add(records)
+
+    async def index(self, records: Sequence[Record], *, patience: float) -> list[JobError | None]:
+        users = [record.scope.user_id for record in records]
+        await self._redis.rpush(f"{self._keys.namespace}:index-calls", orjson.dumps(users))
+        errors: list[JobError | None] = []
+        for record in records:
+            error: JobError | None = None
+            order = message_text(record.message).partition("index:")[2]
+            await _released(self._redis, self._keys.namespace, order)
+            if "cancel" in order:
+                raise asyncio.CancelledError
+            try:
+                await _obey(order)
+            except JobError as failure:
+                error = failure
+            else:
+                await self._redis.sadd(f"{self._keys.namespace}:indexed", record.record_id)
+            errors.append(error)
+        return errors
+
+    async def search(
+        self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
+    ) -> list[Hit]:
+        hits = await super().search(scope, query, top_k=top_k, score_threshold=score_threshold)
+        found = f"{self._keys.namespace}:indexed"
+        return [hit for hit in hits if await self._redis.sismember(found, hit.record.record_id)]
 
 
 async def _released(redis: RedisClient, namespace: str, text: str) -> None:
