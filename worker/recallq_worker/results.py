@@ -16,7 +16,7 @@ from celery.states import READY_STATES
 from redis import Redis
 from redis.commands.core import Script
 
-from recallq.contract import PARTIAL, Outcome, client_of, failed, fields_of
+from recallq.contract import PARTIAL, BatchResult, Outcome, client_of, failed, fields_of
 from recallq.errors import InternalError
 from recallq.keys import Keys
 from recallq.redis_client import LOST
@@ -135,7 +135,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
             result=result, state=state, traceback=traceback, request=request
         )
         meta["task_id"] = task_id
-        if state == PARTIAL:
+        if state == PARTIAL and isinstance(result, BatchResult):
             meta = {"status": state, "reached": result.reached, **meta}
         stored = self.encode(meta)
         self.ensure(self._store_and_settle, (task_id, stored, state in READY_STATES))

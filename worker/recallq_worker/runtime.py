@@ -240,6 +240,8 @@ class Runtime:
             await memory.start()
         except RecallQError as error:
             raise ServiceUnavailable(f"backend {backend.name} does not start: {error}") from error
+        async with asking(settings.coordination_url, "cannot start the worker"):
+            await self._say_that_it_extracts(coordination)
         workers = WorkerRegistry(coordination, self._keys)
         self._background += [
             asyncio.create_task(_for_ever(lambda: self._sign(workers, coordination))),
@@ -287,11 +289,16 @@ class Runtime:
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT):
                     await workers.sign(info)
-                    if isinstance(self.services.backend, MemoryExtractor):
-                        await coordination.set(self._keys.extracts, 1, ex=24 * 3600)
+                    await self._say_that_it_extracts(coordination)
             except LOST as error:
                 log.warning("cannot give a sign of life: %s", type(error).__name__)
             await asyncio.sleep(SIGN_OF_LIFE_EVERY)
+
+    async def _say_that_it_extracts(self, coordination: RedisClient) -> None:
+        """Where memories are extracted, producers say which adds are on their way: from the first
+        that this process may take."""
+        if isinstance(self.services.backend, MemoryExtractor):
+            await coordination.set(self._keys.extracts, 1, ex=24 * 3600)
 
     async def _hold(self, lease: OwnerLease) -> None:
         while True:

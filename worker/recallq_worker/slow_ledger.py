@@ -98,7 +98,7 @@ class Handover:
         return self.job.again or ""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class PendingJob:
     """A job in the slow lane."""
 
