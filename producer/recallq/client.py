@@ -45,6 +45,8 @@ from recallq.settings import ClientSettings
 from recallq.transport import Transport
 from recallq.workers import WorkerInfo
 
+_IN_ORDER = 1.0
+"""Seconds for which a batch of writes waits until the one before it is accepted."""
 _JOB_OVERHEAD_BYTES = 256
 """What a job takes in a message besides its texts and ids, about."""
 
@@ -78,6 +80,8 @@ class MemoryClient:
         self._batcher: Batcher
         self._in_flight: dict[bool, asyncio.Semaphore]
         """Of writes, and of reads, which do not wait for writes that take long."""
+        self._accepting: asyncio.Future[None] | None
+        """Done when the batch of writes that left last is accepted, or was refused."""
 
     # --- lifecycle ------------------------------------------------------------------------------
 
@@ -89,6 +93,7 @@ class MemoryClient:
         self._requests = Requests(self.settings, transport.clock)
         self._batcher = Batcher(self.settings, self._send)
         most = self.settings.max_in_flight
+        self._accepting = None
         self._in_flight = {writes: asyncio.Semaphore(most) for writes in (True, False)}
         self._transport = transport  # before the await: a second start() must not make another
         try:
@@ -442,7 +447,19 @@ class MemoryClient:
         for index, draft in enumerate(drafts):
             if draft.outcome is not None and not draft.outcome.done():
                 transport.expect(batch.id, index, draft.outcome, early=draft.early)
-        await transport.publish(batch, payload)
+        if not operation.writes:
+            await transport.publish(batch, payload)
+            return
+        # One after the other: on connections of their own, a later one could be there earlier, and
+        # be taken for all there is of its user.
+        before, accepted = self._accepting, asyncio.get_running_loop().create_future()
+        self._accepting = accepted
+        try:
+            if before is not None:
+                await asyncio.wait([before], timeout=_IN_ORDER)
+            await transport.publish(batch, payload)
+        finally:
+            accepted.set_result(None)
 
     async def _why_no_answer(self, lane: Lane, job_id: str) -> str:
         """The likeliest reason for a timeout, as far as Redis tells it quickly."""
