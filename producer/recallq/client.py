@@ -455,7 +455,7 @@ class MemoryClient:
         before, accepted = self._accepting, asyncio.get_running_loop().create_future()
         self._accepting = accepted
         try:
-            if before is not None:
+            if before is not None and not before.done():
                 await asyncio.wait([before], timeout=_IN_ORDER)
             await transport.publish(batch, payload)
         finally:

@@ -90,12 +90,10 @@ class Handover:
         return "a" if self.stored is None else "i"
 
     @property
-    def submitted_again(self) -> str:
+    def again_id(self) -> str:
         """What is the same when it is submitted once more; empty if nothing can be, or if stores
         see to it."""
-        if isinstance(self.job, DeleteJob) or self.stored is not None:
-            return ""
-        return self.job.again or ""
+        return _again_id(self.job, self.stored)
 
 
 @dataclass(eq=False, slots=True)
@@ -115,8 +113,8 @@ class PendingJob:
 
     @property
     def again(self) -> str:
-        """As `Handover.submitted_again`."""
-        return Handover(0, self.job, self.epoch, 0, self.stored).submitted_again
+        """As `Handover.again_id`."""
+        return _again_id(self.job, self.stored)
 
 
 @dataclass(slots=True)
@@ -220,7 +218,7 @@ class SlowLedger:
             handover.epoch,
             session,
             int(handover.pause * 1000),
-            handover.submitted_again,
+            handover.again_id,
             b"" if brief and handover.again else item + job.model_dump_json().encode(),
         ]
 
@@ -348,6 +346,12 @@ class SlowLedger:
             None if each == b"-" else frozenset(filter(None, each.decode().split(",")))
             for each in told
         ]
+
+
+def _again_id(job: AddJob | DeleteJob, stored: dict[str, Any] | None) -> str:
+    if isinstance(job, DeleteJob) or stored is not None:
+        return ""
+    return job.again or ""
 
 
 def _turn(
