@@ -528,6 +528,22 @@ class TestFailing:
         assert await texts(client, "ann") == ["one", "three"]
         await nothing_is_left(client)
 
+    async def test_who_is_beside_it_is_not_blamed(
+        self, client: MemoryClient, start_worker: StartWorker
+    ) -> None:
+        """However often their worker dies: once suspected, jobs run with nothing beside them."""
+        worker = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
+        culprit = await client.submit_add("culprit", "exit")
+        others = [await client.submit_add(f"user {n}", "sleep 0.5") for n in range(8)]
+        removed = await client.submit_delete("user of a delete", "s")
+        await until_settled(client, [culprit, *others, removed], worker, deaths=20)
+        with pytest.raises(WorkerLost):
+            await culprit.result(30)
+        for handle in others:
+            assert (await handle.result(30)).added == 1
+        assert (await removed.result(30)).removed == 0
+        await nothing_is_left(client)
+
 
 class TestOnce:
     @pytest.mark.parametrize("moment", ["before storing", "half way", "after storing"])

@@ -39,6 +39,7 @@ from recallq_worker.insistence import insistently
 from recallq_worker.ledger import WorkerLedger
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.runner import BatchRunner
+from recallq_worker.seclusion import Seclusion
 from recallq_worker.service import MemoryService
 from recallq_worker.settings import WorkerSettings
 from recallq_worker.single_process import LEASE_SECONDS, RENEW_EVERY, OwnerLease
@@ -192,6 +193,7 @@ class Runtime:
             self._lease = lease
         memory = cast("MemoryStore | MemoryExtractor", backend.from_settings(settings))
         retries = RetryPolicy(settings.retry_attempts, settings.retry_base, settings.retry_cap)
+        seclusion = Seclusion()
         service = MemoryService(
             memory,
             now=clock.now,
@@ -199,6 +201,7 @@ class Runtime:
             parallel_jobs=settings.parallel_jobs,
             retries=retries,
             pause=settings.slow_pause,
+            seclusion=seclusion,
         )
         ledger = WorkerLedger(
             coordination,
@@ -220,6 +223,7 @@ class Runtime:
                 Extraction(memory),
                 slow_ledger,
                 rules,
+                seclusion,
                 users_at_once=settings.slow_users,
                 pause=settings.slow_pause,
             )
@@ -228,6 +232,7 @@ class Runtime:
                 Indexing(memory),
                 slow_ledger,
                 rules,
+                seclusion,
                 users_at_once=settings.index_batches,
                 pause=0.0,
             )

@@ -57,6 +57,7 @@ from recallq_worker.backends.base import (
 )
 from recallq_worker.ledger import Claim, Waiting
 from recallq_worker.retries import RetryPolicy
+from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import Handover
 
 log = logging.getLogger(__name__)
@@ -155,8 +156,10 @@ class MemoryService:
         parallel_jobs: int,
         retries: RetryPolicy,
         pause: float = 0.0,
+        seclusion: Seclusion | None = None,
     ) -> None:
-        """`pause` in seconds: for how long an extraction waits for others to join it."""
+        """`pause` in seconds: for how long an extraction waits for others to join it. `seclusion`
+        is the process's own."""
         self._backend = backend
         self._extractor = backend if isinstance(backend, MemoryExtractor) else None
         # Adds come this far only where it is one.
@@ -168,7 +171,7 @@ class MemoryService:
         self._parallel_jobs = parallel_jobs
         self._retries = retries
         self._runs: dict[str, _Run] = {}
-        self._suspects = asyncio.Lock()
+        self._seclusion = seclusion or Seclusion()
 
     async def run(
         self, batch: AnyBatch, claim: Claim, result: BatchResult, observer: Observer
@@ -190,8 +193,8 @@ class MemoryService:
             if self._extractor is not None and batch.operation.writes:
                 return await self._what_is_left(run, for_slow_lane + runnable)
             if claim.deliveries > 1:
-                # One such batch at a time: the culprit may be in another of them.
-                async with self._suspects:
+                # The culprit may be in another such batch, or in the slow lane.
+                async with self._seclusion.alone():
                     await self._one_at_a_time(run, runnable)
             elif isinstance(batch, AddBatch) and claim.attempts == 0:
                 await self._add_together(run, batch.jobs, runnable)
@@ -334,8 +337,9 @@ class MemoryService:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether a batch of which a worker has died runs here; no other is run beside it."""
-        return self._suspects.locked()
+        """Whether something runs here of which a worker has died; nothing else of the kind is run
+        beside it."""
+        return self._seclusion.claimed
 
     def _lateness(self, job: Job, *, first: bool = True) -> JobExpired | None:
         late = self._now() - job.deadline if job.deadline is not None else 0.0

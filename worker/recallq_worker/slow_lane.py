@@ -20,6 +20,7 @@ from recallq.redis_client import COMMAND_TIMEOUT, LOST
 from recallq_worker.backends.base import Superseded
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import RENEW_EVERY
+from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import DeleteGoesFirst, SlowLedger, Turn, TurnIsOver
 from recallq_worker.slow_turn import ActiveTurn, Rules
 from recallq_worker.slow_work import SlowWork
@@ -40,6 +41,7 @@ class SlowLane:
         work: SlowWork,
         ledger: SlowLedger,
         rules: Rules,
+        seclusion: Seclusion,
         *,
         users_at_once: int,
         pause: float,
@@ -48,6 +50,7 @@ class SlowLane:
         self._work = work
         self._ledger = ledger
         self._rules = rules
+        self._seclusion = seclusion
         self._users_at_once = users_at_once
         self._pause = pause
         self._active: dict[str, ActiveTurn] = {}
@@ -90,7 +93,9 @@ class SlowLane:
                     continue
                 for turn in turns:
                     self._overtake(turn)
-                    active = ActiveTurn(turn, self._work, self._ledger, self._rules)
+                    active = ActiveTurn(
+                        turn, self._work, self._ledger, self._rules, self._seclusion
+                    )
                     self._active[turn.token] = active
                     active.task = asyncio.create_task(self._have(active))
             nap = _LOOK_EVERY * random.uniform(0.7, 1.0)  # noqa: S311  # not all at one moment

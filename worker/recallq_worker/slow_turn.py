@@ -11,6 +11,7 @@ survive.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
@@ -34,6 +35,7 @@ from recallq.errors import (
 from recallq_worker.backends.base import Extracted, Submission, Superseded
 from recallq_worker.insistence import insistently
 from recallq_worker.retries import RetryPolicy
+from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import (
     SUSPICIOUS,
     PendingJob,
@@ -76,7 +78,14 @@ class Rules:
 class ActiveTurn:
     """A turn that is worked on here."""
 
-    def __init__(self, turn: Turn, work: SlowWork, ledger: SlowLedger, rules: Rules) -> None:
+    def __init__(
+        self,
+        turn: Turn,
+        work: SlowWork,
+        ledger: SlowLedger,
+        rules: Rules,
+        seclusion: Seclusion,
+    ) -> None:
         self.turn = turn
         self.task: asyncio.Task[None]
         self.running: frozenset[str] = frozenset()
@@ -92,6 +101,9 @@ class ActiveTurn:
         self._work = work
         self._ledger = ledger
         self._rules = rules
+        self._seclusion = seclusion
+        self._alone = turn.begun > SUSPICIOUS
+        """Whether its jobs are worked on one by one, with nothing beside them in this process."""
         self._storing = False
         """Whether the call may have begun to store something."""
         self._stopped = False
@@ -114,10 +126,9 @@ class ActiveTurn:
         Raises `TurnIsOver`, and `DeleteGoesFirst` if the turn is to be released at once.
         """
         turn = self.turn
-        alone = turn.begun > SUSPICIOUS
         for job in turn.jobs:
             if not isinstance(job.job, AddJob):
-                await self._delete(job, alone=alone)
+                await self._delete(job)
         if self.postponed or (
             not self._work.indexing and turn.wait > 0 and await self._must_wait()
         ):
@@ -132,10 +143,11 @@ class ActiveTurn:
         if self._work.indexing:
             self.postponed += [job for job in adds if job.due > self._rules.now()]
             adds = [job for job in adds if job not in self.postponed]
-        for group in [[job] for job in adds] if alone else self._grouped(adds, turn.deletion):
+        groups = [[job] for job in adds] if self._alone else self._grouped(adds, turn.deletion)
+        for group in groups:
             if self.postponed and not self._work.indexing:
                 return  # in order: what comes later waits with it
-            await self._extract(group, alone=alone)
+            await self._extract(group)
 
     @property
     def pause(self) -> float:
@@ -149,7 +161,7 @@ class ActiveTurn:
         """Whether an add is left that waits for another attempt; those that a delete has fenced off
         are answered now."""
         adds = [job for job in self.turn.jobs if isinstance(job.job, AddJob)]
-        left = await self._begin(adds, alone=False)
+        left = await self._begin(adds)
         return bool(self.postponed) or any(job.attempts for job in left)
 
     def _grouped(self, jobs: Iterable[PendingJob], deletion: int) -> list[list[PendingJob]]:
@@ -175,7 +187,7 @@ class ActiveTurn:
         return groups
 
     async def _begin(
-        self, jobs: Sequence[PendingJob], *, alone: bool, busy: bool = False
+        self, jobs: Sequence[PendingJob], *, alone: bool = False, busy: bool = False
     ) -> list[PendingJob]:
         """Those of `jobs` that are to be worked on now; the others are answered."""
         self._entry = None
@@ -249,8 +261,12 @@ class ActiveTurn:
 
     # --- extracting -----------------------------------------------------------------------------
 
-    async def _extract(self, group: Sequence[PendingJob], *, alone: bool = False) -> None:
-        jobs = await self._begin(group, alone=alone)
+    async def _extract(self, group: Sequence[PendingJob]) -> None:
+        async with self._secluded():
+            await self._extract_now(group)
+
+    async def _extract_now(self, group: Sequence[PendingJob]) -> None:
+        jobs = await self._begin(group, alone=self._alone)
         if not jobs:
             return
         self.extracted = True
@@ -267,7 +283,7 @@ class ActiveTurn:
             self._entry = entry
 
         done = await self._calling(
-            jobs, lambda: self._work.extract(submissions, journal, alone=alone)
+            jobs, lambda: self._work.extract(submissions, journal, alone=self._alone)
         )
         if isinstance(done, JobError) and self._entry is not None:
             # Something may be stored, or even everything. Before it is tried again, nothing is.
@@ -359,7 +375,8 @@ class ActiveTurn:
         if turn.begun > SUSPICIOUS + _DEATHS:
             log.error("workers die of looking what an interrupted extraction stored; not looked")
         else:
-            done = await self._recovering(jobs, submissions, entry)
+            async with self._secluded():
+                done = await self._recovering(jobs, submissions, entry)
         if isinstance(done, JobError):
             hopeless = [job for job in jobs if self._wait(job, done) is None]
             for job in jobs:
@@ -401,8 +418,12 @@ class ActiveTurn:
 
     # --- deleting -------------------------------------------------------------------------------
 
-    async def _delete(self, job: PendingJob, *, alone: bool) -> None:
-        if self.postponed or not await self._begin([job], alone=alone, busy=True):
+    async def _delete(self, job: PendingJob) -> None:
+        async with self._secluded():
+            await self._delete_now(job)
+
+    async def _delete_now(self, job: PendingJob) -> None:
+        if self.postponed or not await self._begin([job], alone=self._alone, busy=True):
             return
         done = await self._calling(
             [job],
@@ -437,6 +458,10 @@ class ActiveTurn:
         self.postponed.append(job)
         self.delay = max(self.delay, wait)
 
+    def _secluded(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """For a part of the turn that is to run alone, if the turn is suspicious."""
+        return self._seclusion.alone() if self._alone else contextlib.nullcontext()
+
     async def _calling(
         self,
         jobs: Sequence[PendingJob],
@@ -448,8 +473,10 @@ class ActiveTurn:
         something from the beginning."""
         self._storing = storing
         self.running = frozenset(job.id for job in jobs)
+        others = contextlib.nullcontext() if self._alone else self._seclusion.among_others()
         try:
-            return await self._guarded(work)
+            async with others:
+                return await self._guarded(work)
         except asyncio.CancelledError:
             if not self._stopped or self.task.cancelling() != 1:
                 raise  # it is the process that is to stop
