@@ -202,6 +202,11 @@ class Extracted:
     """How many submissions were extracted together."""
 
 
+def together(ids: Sequence[str], count: int) -> list[Extracted]:
+    """What came of `count` submissions that were extracted together."""
+    return [Extracted([*ids], 0 if place else len(ids), count) for place in range(count)]
+
+
 class Superseded(Exception):
     """The work must not go on: a deletion or another worker has taken its place."""
 

@@ -12,6 +12,7 @@ from recallq.contract import Health, Scope
 from recallq_worker.backends.base import Extracted, Hit, Journal, Record, Submission
 from recallq_worker.backends.mem0 import shapes
 from recallq_worker.backends.mem0.settings import Mem0Settings
+from recallq_worker.backends.submissions import tokens as tokens_of
 from recallq_worker.settings import WorkerSettings
 
 
@@ -50,7 +51,7 @@ class Mem0Backend(ABC):
         return (submission.scope.session_id, True, fields)
 
     def tokens(self, submission: Submission) -> int:
-        return shapes.tokens(submission) if self.infers(submission) else 0
+        return tokens_of(submission) if self.infers(submission) else 0
 
     @abstractmethod
     async def start(self) -> None: ...
@@ -81,8 +82,3 @@ class Mem0Backend(ABC):
 
     @abstractmethod
     async def health(self) -> Health: ...
-
-
-def together(ids: Sequence[str], count: int) -> list[Extracted]:
-    """What came of `count` submissions that were extracted together."""
-    return [Extracted([*ids], 0 if place else len(ids), count) for place in range(count)]

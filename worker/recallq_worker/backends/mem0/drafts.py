@@ -23,15 +23,11 @@ from mem0.embeddings.base import EmbeddingBase  # type: ignore[import-untyped]
 from mem0.memory.utils import extract_json, remove_code_blocks  # type: ignore[import-untyped]
 from mem0.vector_stores.base import VectorStoreBase  # type: ignore[import-untyped]
 
-from recallq.errors import BackendError, JobError
-from recallq_worker.backends.mem0.failures import CutOffAnswer, UnusableAnswer
+from recallq.errors import BackendError
+from recallq_worker.backends.failures import CutOffAnswer, UnusableAnswer, noting
+from recallq_worker.embedding.texts import beginning
 
 Vector = Sequence[float]
-
-_LONGEST_TEXT = 18_000
-"""Bytes of a text that are embedded, at most: models take about 8,000 tokens, and refuse more."""
-_MISREAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What clients raise that find something else in an answer than they look for."""
 
 
 @dataclass(slots=True)
@@ -164,8 +160,8 @@ class DraftingEmbedder(EmbeddingBase):  # type: ignore[misc]  # see above
         if draft is not None and text in draft.vectors:
             return draft.vectors[text]
         embedder = self.inner if draft is not None else self._searcher
-        with _noting(draft):
-            vector: Vector = embedder.embed(_cut(text), memory_action)
+        with noting(draft):
+            vector: Vector = embedder.embed(beginning(text), memory_action)
             self._check(vector)
         return vector
 
@@ -176,8 +172,8 @@ class DraftingEmbedder(EmbeddingBase):  # type: ignore[misc]  # see above
         wanted = [text for text in dict.fromkeys(texts) if text not in vectors]
         for start in range(0, len(wanted), self._most_texts):
             portion = wanted[start : start + self._most_texts]
-            with _noting(draft):
-                found = embedder.embed_batch([_cut(text) for text in portion], memory_action)
+            with noting(draft):
+                found = embedder.embed_batch([beginning(text) for text in portion], memory_action)
                 if len(found) != len(portion):
                     raise UnusableAnswer(
                         f"{len(found)} vectors came back from embedding {len(portion)} texts"
@@ -198,13 +194,6 @@ class DraftingEmbedder(EmbeddingBase):  # type: ignore[misc]  # see above
             )
 
 
-def _cut(text: str) -> str:
-    """As much of a text as every embedding model takes."""
-    if len(text) * 4 <= _LONGEST_TEXT:
-        return text
-    return text.encode()[:_LONGEST_TEXT].decode(errors="ignore")
-
-
 class CheckedLlm:
     """An LLM whose answers are looked at before mem0 reads them, in its own way, but passes over
     what it cannot read."""
@@ -217,7 +206,7 @@ class CheckedLlm:
 
     def generate_response(self, *args: Any, **kwargs: Any) -> Any:
         draft = current()
-        with _noting(draft):
+        with noting(draft):
             answer = self.inner.generate_response(*args, **kwargs)
             if draft is not None and kwargs.get("response_format") is not None:
                 check_extraction(answer)
@@ -246,23 +235,3 @@ def check_extraction(answer: object) -> None:
             each["text"].encode()
         except UnicodeEncodeError:
             raise UnusableAnswer("the LLM's answer holds half a character") from None
-
-
-@contextmanager
-def _noting(draft: Draft | None) -> Iterator[None]:
-    """Around a call to a model: keeps a failure, and does nothing more after one, where mem0 would
-    try text by text."""
-    if draft is not None and draft.failure is not None:
-        raise draft.failure
-    try:
-        try:
-            yield
-        except _MISREAD as error:
-            if isinstance(error, JobError) or hasattr(error, "status_code"):
-                raise
-            name = type(error).__name__
-            raise UnusableAnswer(f"a model's answer cannot be read ({name})") from error
-    except Exception as error:
-        if draft is not None and draft.failure is None:
-            draft.failure = error
-        raise

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from recallq.contract import timestamp
-from recallq_worker.backends.base import Extracted, Submission
+from recallq_worker.backends.base import Extracted, Submission, together
 from recallq_worker.backends.mem0 import shapes
-from recallq_worker.backends.mem0.backend import together
 from recallq_worker.backends.mem0.drafts import Draft, DraftRow, drafting
 from recallq_worker.backends.mem0.vector_store import owner_is
+from recallq_worker.backends.submissions import said
 
 _IDS = uuid.UUID("5d7d4b0e-6f0a-4b5e-9a53-0f6ce0f0c9b1")
 """The namespace of ids that are made of record ids."""
@@ -51,7 +51,7 @@ def extract(
     sent = [
         (each, index, message)
         for each in submissions
-        for index, message in shapes.messages(each, infer=infer).items()
+        for index, message in said(each, infer=infer).items()
     ]
     lowest = min(each.epoch for each in submissions)
     if not sent:

@@ -35,9 +35,11 @@ from recallq_worker.backends.base import (
     Record,
     Submission,
     Superseded,
+    together,
 )
+from recallq_worker.backends.failures import CutOffAnswer, as_job_error
 from recallq_worker.backends.mem0 import shapes
-from recallq_worker.backends.mem0.backend import Mem0Backend, together
+from recallq_worker.backends.mem0.backend import Mem0Backend
 from recallq_worker.backends.mem0.drafts import (
     CheckedLlm,
     Draft,
@@ -45,7 +47,6 @@ from recallq_worker.backends.mem0.drafts import (
     DraftingEmbedder,
 )
 from recallq_worker.backends.mem0.extraction import Finished, by_submission, extract
-from recallq_worker.backends.mem0.failures import CutOffAnswer, as_job_error
 from recallq_worker.backends.mem0.recent import RecentMessages
 from recallq_worker.backends.mem0.settings import Mem0Settings, batch_limit, complete
 from recallq_worker.backends.mem0.vector_store import RedisVectorStore, owner_is, register
@@ -241,7 +242,7 @@ class Mem0Library(Mem0Backend):
 
     def _is_fenced(self, finished: Finished) -> bool:
         draft = finished.draft
-        fenced: bool = self._recent.is_fenced(draft.owner, draft.run, finished.epoch)
+        fenced: bool = self._recent.fences.stand_before(draft.owner, draft.run, finished.epoch)
         return fenced
 
     def _write_beside(self, finished: Finished) -> None:

@@ -22,9 +22,9 @@ from pydantic import SecretStr
 from recallq.contract import Health, Scope
 from recallq.errors import BackendError, BackendUnavailable, JobError
 from recallq.messages import message_text
-from recallq_worker.backends.base import Extracted, Hit, Journal, Record, Submission
+from recallq_worker.backends.base import Extracted, Hit, Journal, Record, Submission, together
 from recallq_worker.backends.mem0 import shapes
-from recallq_worker.backends.mem0.backend import Mem0Backend, together
+from recallq_worker.backends.mem0.backend import Mem0Backend
 from recallq_worker.backends.mem0.platform_client import (
     PlatformClient,
     Row,
@@ -32,6 +32,7 @@ from recallq_worker.backends.mem0.platform_client import (
     rows_in,
 )
 from recallq_worker.backends.mem0.settings import Mem0Settings
+from recallq_worker.backends.submissions import said
 from recallq_worker.settings import WorkerSettings
 
 EXTRACTION = "recallq_extraction"
@@ -95,7 +96,7 @@ class Mem0Platform(Mem0Backend):
 
     async def extract(self, submissions: Sequence[Submission], journal: Journal) -> list[Extracted]:
         infer = self.infers(submissions[0])
-        sent = [shapes.messages(each, infer=infer) for each in submissions]
+        sent = [said(each, infer=infer) for each in submissions]
         messages = [message for each in sent for message in each.values()]
         if not messages:
             return together([], len(submissions))

@@ -23,7 +23,7 @@ from mem0 import AsyncMemoryClient  # type: ignore[import-untyped]
 from pydantic import SecretStr
 
 from recallq.errors import BackendError, BackendUnavailable, JobError
-from recallq_worker.backends.mem0.failures import as_job_error
+from recallq_worker.backends.failures import as_job_error
 
 _PAGE = 100
 _LISTINGS = 3

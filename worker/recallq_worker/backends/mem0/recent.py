@@ -20,12 +20,12 @@ from recallq.keys import escape
 from recallq.redis_client import connect_threads
 from recallq_worker.backends.mem0.drafts import current
 from recallq_worker.vectors.client import asking
+from recallq_worker.vectors.fences import LIVES_MS, Fences
 
 _MOST = 10
 """What mem0 keeps."""
 _LONGEST = 4000
 """Characters of a message that are enough to know what it was about."""
-_LIVES_MS = 30 * 24 * 3600 * 1000
 _CHUNK = 500
 
 # KEYS: the session's messages, the user's sessions, the user's fence, the session's.
@@ -41,13 +41,6 @@ redis.call('PEXPIRE', KEYS[2], ARGV[4])
 -- Of sessions that were not heard for that long, nothing is left but their names here.
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', redis.call('TIME')[1] - ARGV[4] / 1000)
 return 1
-"""
-
-# KEYS: fence. ARGV: epoch, lifetime (ms).
-_FENCE = """
-if tonumber(ARGV[1]) > tonumber(redis.call('GET', KEYS[1]) or '0') then
-  redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-end
 """
 
 # KEYS: the user's sessions, then messages of sessions. ARGV: epoch.
@@ -69,8 +62,8 @@ class RecentMessages:
         self._url = url
         self._collection = collection
         self._redis = connect_threads(url, connect_timeout=connect_timeout)
+        self.fences = Fences(self._redis, url, f"{collection}:recent")
         self._save = self._redis.register_script(_SAVE)
-        self._fence = self._redis.register_script(_FENCE)
         self._forget = self._redis.register_script(_FORGET)
 
     # --- what mem0 calls ------------------------------------------------------------------------
@@ -127,16 +120,15 @@ class RecentMessages:
             ]
             epoch = min(epoch, int(lowest)) if lowest else epoch
             self._save(
-                keys=[key, self._sessions(owner), *self._fences(owner, run)],
-                args=[epoch, orjson.dumps(messages[-_MOST:]), key, _LIVES_MS],
+                keys=[key, self._sessions(owner), *self.fences.keys(owner, run)],
+                args=[epoch, orjson.dumps(messages[-_MOST:]), key, LIVES_MS],
             )
 
     def forget(self, owner: str, run: str | None, before_epoch: int) -> None:
         """Removes what is older than a deletion, and lets nothing older come."""
         sessions = self._sessions(owner)
-        fence = self._fences(owner, run or "")[0 if run is None else 1]
+        self.fences.set(owner, run, before_epoch)
         with asking(self._url):
-            self._fence(keys=[fence], args=[before_epoch, _LIVES_MS])
             if run is not None:
                 self._forget(keys=[sessions, self._messages(owner, run)], args=[before_epoch])
                 return
@@ -144,12 +136,6 @@ class RecentMessages:
             for start in range(0, len(names), _CHUNK):
                 keys = [sessions, *(name.decode() for name in names[start : start + _CHUNK])]
                 self._forget(keys=keys, args=[before_epoch])
-
-    def is_fenced(self, owner: str, run: str, epoch: int) -> bool:
-        """Whether a deletion has passed that concerns what has this epoch."""
-        with asking(self._url):
-            fences: Any = self._redis.mget(self._fences(owner, run))
-        return any(epoch < int(fence) for fence in fences if fence is not None)
 
     def _base(self, owner: str) -> str:
         return f"{self._collection}:recent:{{{escape(owner)}}}"
@@ -159,7 +145,3 @@ class RecentMessages:
 
     def _sessions(self, owner: str) -> str:
         return f"{self._base(owner)}:s"
-
-    def _fences(self, owner: str, run: str) -> tuple[str, str]:
-        base = self._base(owner)
-        return f"{base}:f", f"{base}:f:{escape(run)}"

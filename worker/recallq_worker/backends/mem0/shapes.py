@@ -19,7 +19,6 @@ from urllib.parse import quote, unquote
 import orjson
 
 from recallq.contract import DEFAULT_SESSION, DEFAULT_TENANT, Scope
-from recallq.messages import message_text
 from recallq_worker.backends.base import Hit, Record, Submission
 
 ORDER, EPOCH, MESSAGE = "recallq_order", "recallq_epoch", "recallq_message"
@@ -27,10 +26,6 @@ OWN_FIELDS = frozenset({ORDER, EPOCH, MESSAGE, "recallq_extraction"})
 TEXT, USER, SESSION = "data", "user_id", "run_id"
 
 _UNSAFE = re.compile(r"[%/\s*\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff]")
-_BYTES_A_TOKEN = 3
-"""Rather many tokens than few: English has four, Chinese three."""
-_TOKENS_A_MESSAGE = 4
-
 # What mem0 writes into a memory itself: metadata of these names would be lost or do harm.
 _TAKEN = frozenset(
     {
@@ -61,26 +56,6 @@ def session(scope: Scope) -> str | None:
 # --- on the way in ------------------------------------------------------------------------------
 
 
-def messages(submission: Submission, *, infer: bool) -> dict[int, dict[str, Any]]:
-    """The messages as mem0 takes them, by their index; without those that it would pass over.
-
-    mem0 reads text only. Asked to infer, it passes over roles that it does not know; else it passes
-    over the system's messages, which are nothing that anybody has said.
-    """
-    found = {}
-    for index, message in enumerate(submission.messages):
-        text, role = message_text(message).strip(), message.get("role") or "user"
-        if not text or (role == "system" and not infer):
-            continue
-        if infer and role not in ("user", "assistant", "system"):
-            role, text = "assistant", f"{role}: {text}"
-        found[index] = {"role": str(role), "content": text}
-        name = message.get("name")
-        if isinstance(name, str) and name:
-            found[index]["name"] = name
-    return found
-
-
 def metadata(message: Mapping[str, Any]) -> dict[str, Any]:
     """What the caller wants kept with a message's memories, but for names that mem0 takes."""
     given = message.get("metadata")
@@ -101,14 +76,6 @@ def whole(message: Mapping[str, Any], sent: Mapping[str, Any]) -> dict[str, str]
     """The field that keeps a message whole, where mem0 has no place for all of it."""
     plain = {"role": sent["role"], "content": sent["content"]}
     return {} if message == plain else {MESSAGE: orjson.dumps(message).decode()}
-
-
-def tokens(submission: Submission) -> int:
-    """About how many tokens of a prompt its messages take."""
-    size = 0
-    for message in submission.messages:
-        size += len(message_text(message).encode()) // _BYTES_A_TOKEN + _TOKENS_A_MESSAGE
-    return size
 
 
 # --- on the way out -----------------------------------------------------------------------------

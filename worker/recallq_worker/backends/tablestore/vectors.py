@@ -13,6 +13,7 @@ import orjson
 from recallq.errors import BackendError, ConfigurationError, JobError
 from recallq_worker.backends.tablestore.settings import TablestoreSettings
 from recallq_worker.embedding import EmbeddingBatcher, EmbeddingUsage, Kind, make_batcher
+from recallq_worker.embedding.texts import beginning
 from recallq_worker.models import ModelSettings
 from recallq_worker.settings import WorkerSettings
 
@@ -67,7 +68,7 @@ class Vectors:
         Of a text that is longer than the model takes, that of its beginning. Raises
         `BackendUnavailable`.
         """
-        cut = [self._cut(text) for text in texts]
+        cut = [beginning(text, self._most_bytes) for text in texts]
         try:
             return [_stored(vector) for vector in await self._batcher.embed(cut)]
         except BackendError as error:
@@ -90,7 +91,7 @@ class Vectors:
 
     async def of_query(self, text: str) -> list[float]:
         """The vector to look for."""
-        (vector,) = await self._batcher.embed([self._cut(text)], Kind.QUERY)
+        (vector,) = await self._batcher.embed([beginning(text, self._most_bytes)], Kind.QUERY)
         return [float(each) for each in vector]
 
     async def check(self) -> str:
@@ -99,11 +100,6 @@ class Vectors:
 
     def usage(self) -> EmbeddingUsage:
         return self._batcher.usage()
-
-    def _cut(self, text: str) -> str:
-        if len(text) * 4 <= self._most_bytes:
-            return text
-        return text.encode(errors="replace")[: self._most_bytes].decode(errors="ignore")
 
 
 def _stored(vector: object) -> str:

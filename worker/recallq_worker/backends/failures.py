@@ -1,14 +1,19 @@
-"""What went wrong in mem0, in the errors that backends raise.
+"""What goes wrong in libraries that work with others, in the errors that backends raise.
 
-mem0 hands on the errors of whichever LLM, embedder and vector store it was told to use. They are
-told apart by what they have in common: an HTTP status, else what they are called. Their words are
-not repeated: they may hold keys, and what users said.
+mem0 and ReMe hand on the errors of whichever LLM, embedder and vector store they were told to use.
+They are told apart by what they have in common: an HTTP status, else what they are called. Their
+words are not repeated: they may hold keys, and what users said.
+
+Or they hand them on to nobody: both carry on where a call to a model failed, or its answer cannot
+be read. `noting` keeps such a failure, to be raised when the library returns.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
 
 from recallq.errors import BackendError, BackendUnavailable, JobError
 from recallq_worker.retries import retry_after
@@ -20,6 +25,8 @@ _UNREACHABLE = re.compile(
     "|DeadlineExceeded|ResourceExhausted|InactiveRpc|ReadError|WriteError|CloseError"
     "|RemoteProtocolError"
 )
+_MISREAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What clients raise that find something else in an answer than they look for."""
 _NO_ACCESS = re.compile("Authentication|PermissionDenied|Unauthorized|Forbidden|Credential")
 
 
@@ -29,6 +36,33 @@ class UnusableAnswer(Exception):
 
 class CutOffAnswer(UnusableAnswer):
     """The LLM's answer does not come to its end: perhaps it was asked for too much."""
+
+
+class Failing(Protocol):
+    """Something that a library works on, and that may have gone wrong meanwhile."""
+
+    failure: BaseException | None
+    """The first: it says best what went wrong."""
+
+
+@contextmanager
+def noting(work: Failing | None) -> Iterator[None]:
+    """Around a call to a model: keeps a failure, and does nothing more after one, where the library
+    would try the next text."""
+    if work is not None and work.failure is not None:
+        raise work.failure
+    try:
+        try:
+            yield
+        except _MISREAD as error:
+            if isinstance(error, JobError) or hasattr(error, "status_code"):
+                raise
+            name = type(error).__name__
+            raise UnusableAnswer(f"a model's answer cannot be read ({name})") from error
+    except Exception as error:
+        if work is not None and work.failure is None:
+            work.failure = error
+        raise
 
 
 def as_job_error(error: BaseException, doing: str) -> JobError | None:
