@@ -26,7 +26,7 @@ PATIENCE = 30.0
 
 RECALLQ = str(Path(sys.executable).with_name("recallq"))
 
-SETTINGS = ("RECALLQ_", "MEMORY_", "OPENAI_", "OPENROUTER_", "DASHSCOPE_", "MEM0_")
+SETTINGS = ("RECALLQ_", "MEMORY_", "OPENAI_", "OPENROUTER_", "DASHSCOPE_", "MEM0_", "FLOW_")
 """How variables begin that would reach into tests from a developer's environment."""
 
 

@@ -67,8 +67,11 @@ class OpenAIServer(LoopbackServer):
         self.models = ["gpt-5-mini", "text-embedding-3-small"]
         self.answers: deque[Reply] = deque()
         """The next answers, one each, before `answer` is asked."""
-        self.answer: Callable[[dict[str, Any]], Reply] = self.extract
-        """Makes the other answers of the request's body. Runs on the server's loop: no waiting."""
+        self.answer: Callable[[dict[str, Any]], Reply | None] = self.extract
+        """Makes the other answers of the request's body, and leaves to `extract` with None.
+
+        Runs on the server's loop: no waiting.
+        """
         self.remembered_roles: tuple[str, ...] = ("user",)
         """Whose messages become memories."""
         self._embedded: list[str] = []
@@ -188,6 +191,8 @@ class OpenAIServer(LoopbackServer):
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise HttpFailure(400, "Missing required parameter: 'messages'.", param="messages")
         reply = self.answers.popleft() if self.answers else self.answer(body)
+        if reply is None:
+            reply = self.extract(body)
         if isinstance(reply, HttpFailure):
             raise reply
         if isinstance(reply, dict):

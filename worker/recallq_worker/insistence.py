@@ -1,11 +1,12 @@
-"""Asking Redis until it answers: for what must not be given up half way."""
+"""For what must not be given up half way: asking Redis until it answers, and waiting until a write
+that was begun has come to its end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from recallq.redis_client import COMMAND_TIMEOUT, LOST
 
@@ -25,3 +26,17 @@ async def insistently(work: Callable[[], Awaitable[T]]) -> T:
             log.warning("Redis does not answer yet: %s", type(error).__name__)
             await asyncio.sleep(delay)
             delay = min(delay * 2, 1.0)
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Awaits a write to its end, also when it is cancelled meanwhile; then it raises."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return task.result()

@@ -20,7 +20,14 @@ from recallq_worker.backends.base import MemoryBackend
 GROUP = "recallq.backends"
 _DISTRIBUTION = "recallq"
 
-_EXTRAS = {"in_memory": "worker", "redis": "worker", "mem0": "mem0", "tablestore": "tablestore"}
+_EXTRAS = {
+    "in_memory": "worker",
+    "mem0": "mem0",
+    "redis": "worker",
+    "reme_personal": "reme",
+    "reme_task": "reme",
+    "tablestore": "tablestore",
+}
 """The extra that brings what a built-in backend needs."""
 
 

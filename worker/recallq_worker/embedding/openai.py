@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 from pydantic import SecretStr
 
-from recallq.errors import BackendUnavailable, JobError, MissingExtra
+from recallq.errors import BackendUnavailable, JobError
 from recallq_worker.embedding.base import Embedded, Kind, as_vectors
 from recallq_worker.embedding.failures import failure
 from recallq_worker.embedding.keys import account_of, clean_key
+from recallq_worker.openai_client import open_client
 
-_KEEP_ALIVE = 60.0
-"""Seconds that an idle connection is kept, so that a search does not begin with a handshake."""
 _UNKNOWN_PARAMETERS = {
     "dimensions": ("dimension", "matryoshka"),
     "encoding_format": ("encoding_format", "base64"),
@@ -81,33 +78,16 @@ class OpenAIEmbedder:
             await asyncio.to_thread(self._open)
 
     def _open(self) -> None:
-        try:
-            sdk: Any = import_module("openai")
-            import_module("openai.resources.embeddings")  # it would be, within the first request
-        except ImportError:
-            raise MissingExtra("embedding with OpenAI's protocol", "openai") from None
-        key = self._api_key.get_secret_value()
-        headers: dict[str, Any] = {}
-        if not self._own_environment:
-            for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n"):
-                name, colon, _ = line.partition(":")
-                if colon and name.strip().lower() != "authorization":
-                    headers[name.strip()] = sdk.Omit()
-        limits = type(sdk.DEFAULT_CONNECTION_LIMITS)(
-            max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE
-        )
-        client = sdk.AsyncOpenAI(
-            api_key=key,
+        client, self._sdk = open_client(
             base_url=self._base_url,
-            max_retries=0,
+            api_key=self._api_key,
             timeout=self._timeout,
-            default_headers={"Authorization": f"Bearer {key}", **headers},
-            http_client=sdk.DefaultAsyncHttpxClient(limits=limits),
+            own_environment=self._own_environment,
+            wanted_by="embedding with OpenAI's protocol",
+            extra="openai",
         )
-        if not self._own_environment:
-            client.organization = client.project = None
         _ = client.embeddings
-        self._client, self._sdk = client, sdk
+        self._client = client
 
     async def stop(self) -> None:
         client, self._client = self._client, None

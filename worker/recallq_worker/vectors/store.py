@@ -198,12 +198,15 @@ class RedisVectors:
         From its first step on, rows with a lower epoch are not stored any more. Repeating it after
         a crash finishes the work.
         """
-        base = self._base(owner)
-        fence, places = f"{base}:f", f"{base}:o"
+        self.fence(owner, group=group, before_epoch=before_epoch)
+        return self._delete_from(self._base(owner), self._places(owner, group), before_epoch)
+
+    def fence(self, owner: str, *, group: str | None, before_epoch: int) -> None:
+        """The first step of a delete: from now on, rows with a lower epoch are not stored."""
+        fence = f"{self._base(owner)}:f"
         if group is not None:
-            fence, places = f"{fence}:{escaped(group)}", f"{base}:g:{escaped(group)}"
+            fence += f":{escaped(group)}"
         self._call(self._fence, [fence], [before_epoch, _FENCES_LIVE_MS])
-        return self._delete_from(base, places, before_epoch)
 
     def clear(self) -> int:
         """Removes every row of every owner, and says how many. Fences stay."""

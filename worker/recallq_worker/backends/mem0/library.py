@@ -13,7 +13,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from copy import copy
 from functools import partial
@@ -51,6 +51,7 @@ from recallq_worker.backends.mem0.recent import RecentMessages
 from recallq_worker.backends.mem0.settings import Mem0Settings, batch_limit, complete
 from recallq_worker.backends.mem0.vector_store import RedisVectorStore, owner_is, register
 from recallq_worker.daemon_threads import DaemonThreads
+from recallq_worker.insistence import to_its_end
 from recallq_worker.models import ModelSettings
 from recallq_worker.settings import WorkerSettings
 
@@ -212,7 +213,7 @@ class Mem0Library(Mem0Backend):
             await journal(finished.intent)
         # From here on a thread writes: whoever is to stop waits until it has.
         write = self._extracting(lambda: self._write(finished), "storing memories")
-        if not await _to_its_end(write):
+        if not await to_its_end(write):
             return together([], len(submissions))
         return finished.extracted
 
@@ -272,7 +273,7 @@ class Mem0Library(Mem0Backend):
     async def recover(
         self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
-        return await _to_its_end(
+        return await to_its_end(
             self._extracting(
                 lambda: self._recover(submissions, intent),
                 "looking for memories that were stored",
@@ -434,20 +435,6 @@ class Mem0Library(Mem0Backend):
             if told is None:
                 raise
             raise told from error
-
-
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Awaits what a thread does, and does not leave it alone when it is cancelled."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    return task.result()
 
 
 def _with_dimensions(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from recallq.errors import ConfigurationError
+from recallq_worker.backends.given import read_object
 from recallq_worker.models import Endpoint, ModelSettings
 
 _LARGEST_BATCH = 100
@@ -70,27 +70,7 @@ class Mem0Settings(BaseSettings):
 
     def given(self) -> dict[str, Any]:
         """The configuration that the user wrote. Raises `ConfigurationError`."""
-        text, source = self.config.strip(), "RECALLQ_MEM0_CONFIG"
-        if not text:
-            return {}
-        if not text.startswith("{"):
-            source = text
-            try:
-                text = Path(text).read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                # Not shown: it may be JSON after all, in quotes, with keys in it.
-                reason = getattr(error, "strerror", None) or type(error).__name__
-                raise ConfigurationError(
-                    "RECALLQ_MEM0_CONFIG is no JSON object (it does not begin with a brace), and "
-                    f"as the path of a file it cannot be read: {reason}"
-                ) from None
-        try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise ConfigurationError(f"{source} is not JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise ConfigurationError(f"{source} must be a JSON object")
-        return found
+        return read_object(self.config, "RECALLQ_MEM0_CONFIG", form="JSON", parse=json.loads)
 
 
 def complete(
