@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -48,8 +48,11 @@ class Worker:
         namespace: str = "recallq",
         backend: str = "redis",
         lanes: str = "live,bulk,slow",
+        environment: Mapping[str, str] | None = None,
+        directory: Path | None = None,
         **settings: str | float,
     ) -> None:
+        """`environment` holds variables of others; `directory` is where it runs."""
         self.url = url
         self.namespace = namespace
         self.backend = backend
@@ -60,7 +63,9 @@ class Worker:
             RECALLQ_BACKEND=backend,
             PYTHONPATH=os.pathsep.join([str(PLUGINS), os.environ.get("PYTHONPATH", "")]),
             **{f"RECALLQ_{name.upper()}": str(value) for name, value in settings.items()},
+            **(environment or {}),
         )
+        self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed in stop()
 
@@ -82,6 +87,7 @@ class Worker:
             stdout=self._log,
             stderr=self._log,
             env=self._environment,
+            cwd=self._directory,
         )
 
     def start(self, timeout: float = 60.0) -> None:

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from recallq import MemoryClient
 from recallq.embedded import EmbeddedRedis
@@ -44,7 +45,8 @@ def models(server: OpenAIServer) -> dict[str, str]:
 async def through_recallq(
     server: OpenAIServer, redis: EmbeddedRedis, adds: int, users: int
 ) -> Figures:
-    worker = Worker(redis.url, namespace="ours", backend="mem0", **models(server))
+    settings: dict[str, Any] = models(server)
+    worker = Worker(redis.url, namespace="ours", backend="mem0", **settings)
     await asyncio.to_thread(worker.start)
     try:
         async with MemoryClient(redis.url, namespace="ours") as client:

@@ -185,6 +185,7 @@ async def main(options: argparse.Namespace) -> None:
         served(partial(tablestore_server, options.lag), "POST /") as tables,
         served(partial(dashscope_server, options.embedding), EMBEDDINGS) as embeddings,
     ):
+        instance: dict[str, Any] = {f"tablestore_{name}": each for name, each in INSTANCE.items()}
         worker = Worker(
             redis.url,
             backend="tablestore",
@@ -194,7 +195,7 @@ async def main(options: argparse.Namespace) -> None:
             embedding_api_key=KEY,
             embedding_base_url=f"{embeddings.url}/api/v1",
             embedding_provider="dashscope",
-            **{f"tablestore_{name}": value for name, value in INSTANCE.items()},
+            **instance,
         )
         await asyncio.to_thread(worker.start)
         try:

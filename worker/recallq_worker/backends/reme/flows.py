@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-# flowllm and ReMe carry annotations, and no marker that they do.
-from flowllm.core.context import BaseContext, C, FlowContext  # type: ignore[import-untyped]
-from flowllm.core.op import BaseAsyncOp, ParallelOp  # type: ignore[import-untyped]
-from flowllm.core.utils import parse_flow_expression  # type: ignore[import-untyped]
-from reme_ai.summary.task import MemoryDeduplicationOp  # type: ignore[import-untyped]
+from flowllm.core.context import BaseContext, C, FlowContext
+from flowllm.core.op import BaseAsyncOp, ParallelOp
+from flowllm.core.utils import parse_flow_expression
+from reme_ai.summary.task import MemoryDeduplicationOp
 
 from recallq.errors import ConfigurationError
 from recallq_worker.backends.reme.drafts import Draft, DraftedStore, drafting

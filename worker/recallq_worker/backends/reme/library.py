@@ -16,12 +16,11 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 
-# flowllm and ReMe carry annotations, and no marker that they do.
-from flowllm.core.context import C  # type: ignore[import-untyped]
-from flowllm.core.schema import ServiceConfig  # type: ignore[import-untyped]
+from flowllm.core.context import C
+from flowllm.core.schema import ServiceConfig
 from pydantic import ValidationError
-from reme_ai.config.config_parser import ConfigParser  # type: ignore[import-untyped]
-from reme_ai.schema.memory import PersonalMemory, TaskMemory  # type: ignore[import-untyped]
+from reme_ai.config.config_parser import ConfigParser
+from reme_ai.schema.memory import PersonalMemory, TaskMemory
 
 from recallq.contract import Scope
 from recallq.errors import BackendError, ConfigurationError

@@ -12,13 +12,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# flowllm carries annotations, and no marker that it does.
-from flowllm.core.embedding_model import (  # type: ignore[import-untyped]
+from flowllm.core.embedding_model import (
     BaseEmbeddingModel,
 )
-from flowllm.core.enumeration import Role  # type: ignore[import-untyped]
-from flowllm.core.llm import BaseLLM  # type: ignore[import-untyped]
-from flowllm.core.schema import Message  # type: ignore[import-untyped]
+from flowllm.core.enumeration import Role
+from flowllm.core.llm import BaseLLM
+from flowllm.core.schema import Message
 
 from recallq.errors import BackendError
 from recallq_worker.backends.failures import CutOffAnswer, UnusableAnswer, noting

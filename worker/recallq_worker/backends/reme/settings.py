@@ -64,7 +64,7 @@ class RemeSettings(BaseSettings):
 
 def _parse(text: str) -> Any:
     # It comes with ReMe, whose configurations are the only YAML here.
-    import yaml  # type: ignore[import-untyped]  # its types would be one more package
+    import yaml
 
     try:
         return yaml.safe_load(text)

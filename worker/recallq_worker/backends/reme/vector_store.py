@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-# flowllm carries annotations, and no marker that it does.
-from flowllm.core.context import C  # type: ignore[import-untyped]
-from flowllm.core.schema import VectorNode  # type: ignore[import-untyped]
-from flowllm.core.vector_store import BaseVectorStore  # type: ignore[import-untyped]
+from flowllm.core.context import C
+from flowllm.core.schema import VectorNode
+from flowllm.core.vector_store import BaseVectorStore
 
 from recallq.errors import BackendError
 from recallq_worker.backends.reme.shapes import EPOCH, ORDER, SESSION
