@@ -10,6 +10,7 @@ import sys
 
 from tests.chaos.driver import Options, run
 from tests.chaos.faults import Fault
+from tests.chaos.llm import is_needed
 from tests.support import SETTINGS
 
 _MILD = (Fault.STOP_WORKER, Fault.CUT_SUBSCRIPTIONS, Fault.KILL_PRODUCER)
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=None, help="by default a new one")
     parser.add_argument(
-        "--backend", default="flaky_redis", help="or flaky_indexed, flaky_extractor"
+        "--backend", default="flaky_redis", help="or flaky_indexed, flaky_extractor, reme_personal"
     )
     parser.add_argument("--users", type=int, default=200)
     parser.add_argument("--workers", type=int, default=3)
@@ -38,10 +39,13 @@ def main() -> None:
     if given["backend"] == "flaky_extractor":
         # Of a user everything happens in order: what is tried again for long holds up the rest.
         poisons = ("poison-permanent", "poison-kill")
+    if is_needed(given["backend"]):
+        poisons = ()  # it is the other backends that take it
     if given.pop("mild"):
         given |= {"faults": _MILD, "weather": {"slow": 0.05}}
         poisons = poisons[:1]
-    given["poisons"] = poisons * max(1, given["jobs"] // _JOBS_PER_POISON // len(poisons))
+    share = max(1, given["jobs"] // _JOBS_PER_POISON // max(1, len(poisons)))
+    given["poisons"] = poisons * share
     for name in list(os.environ):
         if name.startswith(SETTINGS):
             del os.environ[name]  # the run has settings of its own

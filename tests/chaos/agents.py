@@ -128,7 +128,9 @@ class Agents:
                 ),
             )
             if added is not None and added.record_ids and key is None:
-                self._journal.learn(call, job_id=added.record_ids[0].rpartition("-")[0])
+                job_id = added.record_ids[0].rpartition("-")[0]
+                if job_id:  # else the memory has an id of another making
+                    self._journal.learn(call, job_id=job_id)
         elif dice < 0.32:
             # The caller gives up, at any moment.
             giving_up = self._give_up_soon(

@@ -23,6 +23,7 @@ from tests.chaos.faults import WEATHER, Fault, Faults, keep_every_write, set_wea
 from tests.chaos.fleet import Fleet
 from tests.chaos.history import Call, Journal, read_journals
 from tests.chaos.leftovers import leftovers
+from tests.chaos.llm import is_needed, model_server
 from tests.support import redis_at
 
 NAMESPACE = "chaos"
@@ -74,7 +75,7 @@ class Options:
     def call_timeout(self) -> float:
         """Of calls that wait for their answer, in seconds. What an extractor does for a user waits
         for what comes before, however often that has to be tried again."""
-        return 60.0 if self.backend == "flaky_extractor" else 20.0
+        return 20.0 if self.backend in ("flaky_redis", "flaky_indexed") else 60.0
 
 
 @dataclass(slots=True)
@@ -144,9 +145,16 @@ async def run(options: Options) -> Report:
     await asyncio.to_thread(server.start)
     log = logging.FileHandler(directory / "clients.log")
     logging.getLogger("recallq").addHandler(log)
+    weather = directory / "weather.json"
+    set_weather(weather, {})
     try:
         await keep_every_write(server)
-        await _Run(options, server, report).go()
+        async with contextlib.AsyncExitStack() as stack:
+            variables: dict[str, str] = {}
+            if is_needed(options.backend):
+                chance = random.Random(f"{options.seed}-llm")
+                variables = await stack.enter_async_context(model_server(weather, chance))
+            await _Run(options, server, report, weather, variables).go()
     finally:
         await asyncio.to_thread(server.stop)
         logging.getLogger("recallq").removeHandler(log)
@@ -157,13 +165,19 @@ async def run(options: Options) -> Report:
 
 
 class _Run:
-    def __init__(self, options: Options, server: EmbeddedRedis, report: Report) -> None:
+    def __init__(
+        self,
+        options: Options,
+        server: EmbeddedRedis,
+        report: Report,
+        weather: Path,
+        variables: dict[str, str],
+    ) -> None:
+        """`variables` are for workers, besides their settings."""
         self._options = options
         self._server = server
         self._report = report
         self._directory = report.directory
-        weather = self._directory / "weather.json"
-        set_weather(weather, {})
         share = options.rate / (options.clients + options.producers)
         self._fleet = Fleet(
             self._directory,
@@ -172,6 +186,7 @@ class _Run:
             workers=options.workers,
             producers=options.producers,
             worker_settings={**_WORKER_SETTINGS, "backend": options.backend},
+            variables=variables,
             producer_arguments=[
                 f"--journals={self._directory / 'journals'}",
                 f"--seed={options.seed}",

@@ -122,6 +122,7 @@ class Fleet:
         workers: int,
         producers: int,
         worker_settings: dict[str, str],
+        variables: dict[str, str],
         producer_arguments: list[str],
         weather: Path,
     ) -> None:
@@ -132,6 +133,7 @@ class Fleet:
             RECALLQ_NAMESPACE=namespace,
             RECALLQ_TEST_WEATHER=str(weather),
             **{f"RECALLQ_{name.upper()}": value for name, value in worker_settings.items()},
+            **variables,
         )
         work = [sys.executable, "-m", "recallq_worker", "worker", "--until-stdin-ends"]
         produce = [sys.executable, "-m", "tests.chaos.producer", "{title}", *producer_arguments]

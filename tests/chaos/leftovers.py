@@ -18,6 +18,7 @@ async def leftovers(redis: RedisClient, namespace: str) -> list[str]:
     keys = Keys(namespace)
     kept = (
         f"{namespace}:m:{{",
+        f"{namespace}:reme_personal:",
         f"{namespace}:epoch:{{",
         keys.clock,
         keys.slow_tokens,

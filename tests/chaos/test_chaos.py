@@ -31,18 +31,26 @@ class TestAnExtractor:
         await check("flaky_extractor", "poison-permanent", "poison-kill")
 
 
-async def check(backend: str, *poisons: str) -> None:
+class TestReMe:
+    async def test_nothing_is_lost_doubled_misplaced_or_brought_back(self) -> None:
+        """The library itself, which a worker needs seconds to start with."""
+        await check("reme_personal", jobs=600, rate=20, fault_every=3)
+
+
+async def check(
+    backend: str, *poisons: str, jobs: int = 2000, rate: float = 100, fault_every: float = 1.5
+) -> None:
     report = await run(
         Options(
             backend=backend,
             poisons=list(poisons),
-            jobs=2000,
+            jobs=jobs,
             seed=1,
             users=25,
             clients=3,
             agents=8,
-            rate=100,
-            fault_every=1.5,
+            rate=rate,
+            fault_every=fault_every,
             longest_freeze=12,
             patience=60,
         )

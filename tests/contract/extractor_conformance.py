@@ -10,7 +10,7 @@ import asyncio
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 import orjson
@@ -521,6 +521,21 @@ class ExtractorConformance(ABC):
         assert await extractor.recover([given], notes.last) is None
         assert await extractor.recover([], notes.last) is None
         assert texts(await everything(extractor, user)) == ["kept tea"]
+
+    @both_ways
+    async def test_what_was_removed_may_be_stored_after_all(
+        self, extractor: MemoryExtractor, user: str, *, infer: bool
+    ) -> None:
+        """By whoever takes over, when some of what was to be stored together is gone."""
+        given = submission(user, "green tea", infer=infer)
+        for notes in (Notes(superseded=True), Notes()):
+            with suppress(Superseded):
+                await extractor.extract([given], notes)
+            assert await extractor.recover([], notes.last) is None
+            assert await everything(extractor, user) == []
+        (done,) = await add(extractor, given)
+        assert done.added == 1
+        assert texts(await everything(extractor, user)) == ["green tea"]
 
     # --- the rest -------------------------------------------------------------------------------
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from recallq.contract import Scope
-from recallq.errors import BackendError, BackendUnavailable, ConfigurationError
+from recallq.errors import BackendError, BackendUnavailable, ConfigurationError, InternalError
 from recallq_worker.backends.base import MemoryExtractor
 from recallq_worker.backends.reme import RemePersonal, RemeTask
 from recallq_worker.backends.reme.backend import RemeBackend
 from recallq_worker.backends.reme.settings import RemeSettings
 from recallq_worker.settings import WorkerSettings
-from tests.contract.extractor_conformance import ExtractorConformance, Notes, submission
+from tests.contract.extractor_conformance import ExtractorConformance, Notes, everything, submission
 from tests.loopback.elasticsearch_api import ElasticsearchServer
 from tests.loopback.faults import HttpFailure
 from tests.loopback.openai_api import Answer, OpenAIServer
@@ -60,7 +60,7 @@ def reme(
     config: dict[str, Any] = {
         "llm": {"default": {"params": params}},
         "embedding_model": {"default": {"params": {**params, "dimensions": DIMENSIONS}}},
-        # What tests say is similar: ReMe drops experiences that are, within one add.
+        # Within one add, ReMe drops experiences that resemble each other: what tests say does.
         "flow": {
             "summary_task_memory": {
                 "flow_content": (
@@ -174,24 +174,64 @@ class TestOnPgvector(OnAStoreOfReMes):
     def store(self) -> Iterator[dict[str, Any]]:
         yield {"backend": "pgvector", "params": {"connection_string": self.postgres.url}}
 
+    async def test_flows_take_turns_with_everybody_else(
+        self, redis_url: str, namespace: str
+    ) -> None:
+        """The store has one connection, and ReMe's flow for tasks searches, too."""
+        given = {"vector_store": {"default": {
+            "backend": "pgvector", "params": {"connection_string": self.postgres.url}
+        }}}  # fmt: skip
+        with reme_server() as server:
+            async with opened(reme(RemeTask, server, redis_url, namespace, given)) as backend:
+                for _ in range(2):
+                    adds = (
+                        backend.extract([submission(f"u{n}", f"fact {n} is new")], Notes())
+                        for n in range(16)
+                    )
+                    await asyncio.gather(*adds)
+                for n in range(16):
+                    assert await texts(backend, f"u{n}") == [f"fact {n} is new"] * 2
+
+    async def test_an_outage_is_over_when_it_is_over(self, redis_url: str, namespace: str) -> None:
+        with reme_server() as server, self.store() as store:
+            given = {"vector_store": {"default": store}}
+            async with opened(reme(RemePersonal, server, redis_url, namespace, given)) as backend:
+                await backend.extract([submission("ann", "tea is green")], Notes())
+                self.postgres.stop()
+                try:
+                    for _ in range(2):
+                        with pytest.raises(BackendUnavailable, match="asking pgvector"):
+                            await backend.extract([submission("ann", "snow fell")], Notes())
+                finally:
+                    self.postgres.start()
+                await backend.extract([submission("ann", "snow fell")], Notes())
+                assert await texts(backend, "ann") == ["tea is green", "snow fell"]
+
 
 class TestWhatGoesWrong:
-    @pytest.mark.parametrize("path", [CHAT, EMBEDDINGS])
     @pytest.mark.parametrize("status", [429, 500, 503, 529, 408])
     async def test_passing(
-        self, backend: RemeBackend, server: OpenAIServer, user: str, path: str, status: int
+        self, backend: RemeBackend, server: OpenAIServer, user: str, status: int
     ) -> None:
-        # An embedding is tried again once, by the batcher.
-        server.fail(path, status, times=1 if path == CHAT else 9, headers={"Retry-After": "7"})
+        server.fail(CHAT, status, times=1, headers={"Retry-After": "7"})
         with pytest.raises(BackendUnavailable, match=f"HTTP {status}") as caught:
             await backend.extract([submission(user, "tea is green")], Notes())
-        assert caught.value.retry_after == pytest.approx(7, abs=1)
-        if path == CHAT:
-            assert server.count(path) == 1, "tried again behind our back"
-        server.clear_faults()
+        assert caught.value.retry_after == 7
+        assert server.chats == 1, "tried again behind our back"
         assert await texts(backend, user) == []
         await backend.extract([submission(user, "tea is green")], Notes())
         assert await texts(backend, user) == ["tea is green"]
+
+    async def test_embeddings_that_fail_for_now(
+        self, backend: RemeBackend, server: OpenAIServer, user: str
+    ) -> None:
+        server.fail(EMBEDDINGS, 500)
+        notes = Notes()
+        with pytest.raises(BackendUnavailable, match="HTTP 500"):
+            await backend.extract([submission(user, "tea is green", "snow fell")], notes)
+        assert notes.intents == []
+        server.clear_faults()
+        assert await texts(backend, user) == []
 
     @pytest.mark.parametrize("path", [CHAT, EMBEDDINGS])
     @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
@@ -232,6 +272,59 @@ class TestWhatGoesWrong:
         with pytest.raises(BackendUnavailable, match=r"RemoteProtocolError|Connection"):
             await backend.extract([submission(user, "tea is green")], Notes())
         assert await texts(backend, user) == []
+
+    @pytest.mark.parametrize("code", [None, "rate_limit", 503])
+    async def test_a_stream_that_ends_with_an_error(
+        self,
+        backend: RemeBackend,
+        server: OpenAIServer,
+        user: str,
+        caplog: pytest.LogCaptureFixture,
+        code: object,
+    ) -> None:
+        error = {"message": "overloaded; you said: secret", "code": code, "type": "server_error"}
+        server.answers.append(Answer("Result: <1> <3>", error=error))
+        with pytest.raises(BackendUnavailable, match="broke off its answer") as caught:
+            await backend.extract([submission(user, "a secret")], Notes())
+        assert "secret" not in caplog.text + str(caught.value)
+        assert await texts(backend, user) == []
+
+    async def test_what_nobody_has_foreseen_is_told_without_its_words(
+        self,
+        backend: RemeBackend,
+        user: str,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        async def broken(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("secret")
+
+        monkeypatch.setattr(backend._running.storage, "get", broken)
+        with pytest.raises(InternalError, match="RuntimeError; see the worker's log"):
+            await backend.recover([], {"owner": "x", "ids": ["a"], "deleted": []})
+        assert "in broken" in caplog.text
+        assert "secret" not in caplog.text.replace('RuntimeError("secret")', "")
+
+    async def test_cancelled_while_one_of_its_steps_fails(
+        self, server: OpenAIServer, redis_url: str, namespace: str
+    ) -> None:
+        """It is cancelled, and has not failed."""
+        answers = ReMeAnswers()
+
+        def answer(body: dict[str, Any]) -> Any:
+            reply = answers(body)
+            return HttpFailure(500) if answers.asked[-1] == "observation" else reply
+
+        server.answer = answer
+        given = submission("ann", "I like tea", "I met Bob today")
+        async with opened(reme(RemePersonal, server, redis_url, namespace)) as backend:
+            for wait in (0.0, 0.01, 0.02, 0.03, 0.05):
+                task = asyncio.create_task(backend.extract([given], Notes()))
+                await asyncio.sleep(wait)
+                task.cancel()
+                with pytest.raises((asyncio.CancelledError, BackendUnavailable)) as caught:
+                    await task
+                assert task.cancelled() or "HTTP 500" in str(caught.value)
 
     @pytest.mark.parametrize(
         ("answer", "reason"),
@@ -352,6 +445,61 @@ class TestWhatReMeWouldLose:
             await backend.extract([submission("ann", "tea is green")], Notes())
             assert await texts(backend, "ann") == []
 
+    async def test_tasks_that_resemble_each_other_are_all_kept(
+        self, server: OpenAIServer, redis_url: str, namespace: str
+    ) -> None:
+        """Waiting together, they fare as they would one by one."""
+        given = [
+            submission("ann", f"before you deploy service {n} check its config") for n in range(5)
+        ]
+        backend = reme(RemeTask, server, redis_url, namespace, {"flow": {}})
+        async with opened(backend):
+            done = await backend.extract(given, Notes())
+            assert [each.added for each in done] == [5, 0, 0, 0, 0]
+            assert await texts(backend, "ann") == [each.messages[0]["content"] for each in given]
+            found = await everything(backend, "ann")
+            assert [each.order for each in found] == [each.order for each in given]
+
+    async def test_memories_are_listed_as_they_were_said(
+        self, server: OpenAIServer, redis_url: str, namespace: str
+    ) -> None:
+        """ReMe lists those that speak of a time by themselves, and the latest first."""
+        given = [
+            submission("ann", "one today", "two is red"),
+            submission("ann", "three is blue", "four tomorrow"),
+        ]
+        async with opened(reme(RemePersonal, server, redis_url, namespace)) as backend:
+            await backend.extract(given, Notes())
+            said = ["one today", "two is red", "three is blue", "four tomorrow"]
+            assert await texts(backend, "ann") == said
+            orders = [each.order for each in await everything(backend, "ann")]
+            assert orders == [given[0].order] * 2 + [given[1].order] * 2
+
+    async def test_a_message_is_read_as_of_when_it_was_said(
+        self, server: OpenAIServer, redis_url: str, namespace: str
+    ) -> None:
+        nine_years = 9 * 365 * 24 * 3600 * 1_000_000
+        given = submission("ann", "I met Bob yesterday", order=-nine_years)
+        async with opened(reme(RemePersonal, server, redis_url, namespace)) as backend:
+            await backend.extract([given], Notes())
+        prompt = str(server.requests_to(CHAT)[-1].body)
+        assert "2017" in prompt.rpartition("I met Bob yesterday")[0][-100:]
+
+    async def test_what_reme_notes_of_a_memory_is_told(
+        self, server: OpenAIServer, redis_url: str, namespace: str
+    ) -> None:
+        server.answers += [
+            "Result: <1> <3>",
+            "Information: <1> <May 3, 2026> <ann meets Bob> <Bob>",
+        ]
+        async with opened(reme(RemePersonal, server, redis_url, namespace)) as backend:
+            await backend.extract([submission("ann", "I meet Bob tomorrow")], Notes())
+            (found,) = await everything(backend, "ann")
+        assert found.message["content"] == "ann meets Bob"
+        assert found.message["when_to_use"] == "Bob"
+        assert found.message["reme"]["time_info"] == "May 3, 2026"
+        assert found.message["reme"]["source_message"] == "I meet Bob tomorrow"
+
     async def test_what_the_llm_finds_contained_is_left_out(
         self, server: OpenAIServer, redis_url: str, namespace: str
     ) -> None:
@@ -418,7 +566,7 @@ class TestSettings:
             ),
             (
                 {"flow": {"summary_personal_memory": {"flow_content": "NoSuchOp()"}}},
-                "a flow cannot be built: NameError",
+                "summary_personal_memory cannot be built: NameError",
             ),
             (
                 {"flow": {"summary_personal_memory": {"flow_content": "InfoFilterOp(llm='x')"}}},
@@ -439,6 +587,26 @@ class TestSettings:
         with pytest.raises(ConfigurationError, match=said):
             async with opened(backend):
                 pass
+
+    async def test_vectors_of_two_sizes_are_not_mixed(
+        self, server: OpenAIServer, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with opened(reme(RemePersonal, server, redis_url, namespace)) as backend:
+            await backend.extract([submission("ann", "tea is green")], Notes())
+            monkeypatch.setenv("RECALLQ_EMBEDDING_DIMENSIONS", "512")
+            with pytest.raises(ConfigurationError, match="have vectors of 256 dimensions"):
+                async with opened(reme(RemePersonal, server, redis_url, namespace)):
+                    pass
+            async with opened(reme(RemeTask, server, redis_url, namespace)):
+                pass  # it has vectors of its own
+            assert (
+                len(
+                    await backend.search(
+                        Scope("default", "ann"), "tea", top_k=3, score_threshold=None
+                    )
+                )
+                == 1
+            )
 
     async def test_in_chinese(self, server: OpenAIServer, redis_url: str, namespace: str) -> None:
         backend = reme(RemePersonal, server, redis_url, namespace, {"language": "zh"})

@@ -590,6 +590,33 @@ class TestOnce:
         assert victim.is_alive()
         await nothing_is_left(client)
 
+    @pytest.mark.parametrize("ids", ["", "same ids, "])
+    async def test_a_worker_frozen_while_it_stores_takes_nothing_back_from_others(
+        self, client: MemoryClient, start_worker: StartWorker, redis: RedisClient, ids: str
+    ) -> None:
+        """What it stores late is undone if it is there twice, and left if it is the same."""
+        victim = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
+        handle = await client.submit_add("ann", f"{ids}store later")
+        keys = client.transport.keys
+        turn = keys.turn(keys.user_tag("default", "ann"))
+
+        async def journaled() -> bool:
+            return bool(await redis.hexists(turn, "j"))
+
+        await eventually(journaled)
+        victim.signal(signal.SIGSTOP)
+        try:
+            await asyncio.to_thread(start_worker, backend=EXTRACTOR)
+            await begun(client, 2)
+            await release(client)
+            assert (await handle.result(30)).added == 1
+        finally:
+            victim.signal(signal.SIGCONT)
+        await asyncio.sleep(3)
+        assert await texts(client, "ann") == [f"{ids}store later"]
+        assert victim.is_alive()
+        await nothing_is_left(client)
+
     async def test_an_idempotency_key_acts_once_however_it_is_used(
         self, client: MemoryClient, worker: Worker
     ) -> None:

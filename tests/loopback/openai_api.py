@@ -38,6 +38,8 @@ class Answer:
     """"length" for an answer that was cut off at the limit of tokens."""
     cut_after: int | None = None
     """Hangs up after so many chunks of a stream."""
+    error: dict[str, Any] | None = None
+    """What a stream ends with instead of its last chunk."""
 
 
 Reply = str | dict[str, Any] | Answer | HttpFailure
@@ -239,6 +241,10 @@ class OpenAIServer(LoopbackServer):
         for number, choice in enumerate(_deltas(answer)):
             if number == answer.cut_after:
                 hang_up(request)
+                return response
+            if answer.error is not None and choice["finish_reason"] is not None:
+                await _send(response, {"error": answer.error})
+                await response.write_eof()
                 return response
             await _send(response, {**base, "choices": [choice]})
         if counted:

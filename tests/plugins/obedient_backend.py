@@ -32,7 +32,15 @@ from recallq.errors import BackendError, BackendUnavailable, JobError
 from recallq.keys import escape
 from recallq.messages import message_text
 from recallq.redis_client import RedisClient
-from recallq_worker.backends.base import Added, Extracted, Hit, Journal, Record, Submission
+from recallq_worker.backends.base import (
+    REPEATABLE,
+    Added,
+    Extracted,
+    Hit,
+    Journal,
+    Record,
+    Submission,
+)
 from recallq_worker.backends.in_memory import InMemoryStore
 from recallq_worker.backends.redis import RedisStore
 
@@ -152,7 +160,9 @@ class ObedientExtractor(RedisStore):
     ``die before storing``, ``die half way`` and ``die after storing`` end the worker process at
     these moments, the first time, and ``die in recover`` each time. ``bad store``, ``bad recover``,
     ``slow store 2`` and ``slow recover 2`` say what happens while it stores, and while it looks
-    what was stored; ``recover later`` makes it look for as long as it is not released.
+    what was stored; ``recover later`` makes it look for as long as it is not released, and ``store
+    later`` makes it wait so before it stores anything. With ``same ids`` memories have the ids of
+    their messages.
     """
 
     name: ClassVar[str] = "extractor"
@@ -186,16 +196,21 @@ class ObedientExtractor(RedisStore):
             for text in texts:
                 await _released(self._redis, namespace, text)
                 await _obey(text)
+            same = any("same ids" in text for text in texts)
             records = [
-                Record(uuid.uuid4().hex, each.scope, each.order, each.epoch, message)
+                Record(
+                    known if same else uuid.uuid4().hex, each.scope, each.order, each.epoch, said
+                )
                 for each in submissions
-                for message in each.messages
+                for known, said in zip(each.record_ids, each.messages, strict=True)
             ]
             ids = [record.record_id for record in records]
             await self._die("die before storing", texts)
             base = f"{namespace}:m:{self._keys.user_tag(scope.tenant, scope.user_id)}"
-            await journal({"ids": ids, "base": base, "session": scope.session_id, "texts": texts})
+            intent = {"ids": ids, "base": base, "session": scope.session_id, "texts": texts}
+            await journal({**intent, REPEATABLE: same})
             for text in texts:
+                await _released(self._redis, namespace, "until released" * ("store later" in text))
                 if slept := re.search(r"\bslow store ([0-9.]+)", text):
                     await asyncio.sleep(float(slept[1]))
                 if "bad store" in text:

@@ -83,6 +83,8 @@ class SlowLane:
             wait: float | None = None
             self._news.clear()
             room = self._users_at_once - len(self._active)
+            if self._seclusion.claimed:
+                room = 0  # other processes need not wait until somebody here has been alone
             if room > 0 and not self._stopping:
                 try:
                     async with asyncio.timeout(COMMAND_TIMEOUT):

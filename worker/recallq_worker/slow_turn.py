@@ -32,7 +32,7 @@ from recallq.errors import (
     WorkerLost,
     to_wire,
 )
-from recallq_worker.backends.base import Extracted, Submission, Superseded
+from recallq_worker.backends.base import REPEATABLE, Extracted, Submission, Superseded
 from recallq_worker.insistence import insistently
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.seclusion import Seclusion
@@ -353,9 +353,9 @@ class ActiveTurn:
         verdict = await self._answer(self._told(jobs, done))
         if verdict is None:
             return
-        if verdict == _REDONE and self._entry is not None:
+        intent = {} if self._entry is None else self._entry["intent"]
+        if verdict == _REDONE and intent and not intent.get(REPEATABLE):
             # Somebody has taken our turn, had not found what we stored, and did it again.
-            intent = self._entry["intent"]
             undone = await self._guarded(lambda: self._work.recover([], intent))
             if isinstance(undone, JobError):
                 log.error("memories are stored twice, and cannot be removed: %s", undone)

@@ -211,6 +211,10 @@ class Superseded(Exception):
     """The work must not go on: a deletion or another worker has taken its place."""
 
 
+REPEATABLE = "repeatable"
+"""In a journal, whether whoever does it once more stores the same under the same ids. Then nothing
+of it is to be undone when somebody has."""
+
 Journal: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
 """Writes down, beyond a crash, what is about to be stored. Raises `Superseded`."""
 

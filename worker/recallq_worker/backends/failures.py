@@ -23,7 +23,7 @@ _UNREACHABLE = re.compile(
     "Timeout|TimedOut|Connection|Connect|Transport|Network|Unavailable|OperationalError"
     "|ResponseHandling|RateLimit|Overloaded|Throttl|ServerError|TooManyRequests"
     "|DeadlineExceeded|ResourceExhausted|InactiveRpc|ReadError|WriteError|CloseError"
-    "|RemoteProtocolError"
+    "|RemoteProtocolError|InterfaceError|AdminShutdown|CannotConnectNow"
 )
 _MISREAD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What clients raise that find something else in an answer than they look for."""
@@ -115,6 +115,8 @@ def _of_status(error: BaseException, status: int, doing: str) -> JobError:
         return BackendUnavailable(said, retry_after=_retry_after(error))
     if status in (401, 403):
         said += "; check the key and its rights"
+    if status == 404:
+        said += "; check the model and the base URL"
     return BackendError(said)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from redis.commands.core import Script
 
-from recallq.errors import BackendError
+from recallq.errors import BackendError, ConfigurationError
 from recallq.redis_client import COMMAND_TIMEOUT, check_url, connect_threads
 from recallq_worker.backends.base import Added
 from recallq_worker.vectors import scripts
@@ -54,6 +54,8 @@ _READ_CHUNK = 1000
 _VECTORS_CHUNK = 500
 """Some megabytes a portion, at the usual dimensions."""
 _DELETE_CHUNK = 500
+_MOST_FOUND = 1_000_000
+"""More is no use to anybody, and beyond what ranges hold, an error."""
 
 _ADDED = {"n": Added.NEW, "k": Added.KNOWN, "f": Added.FENCED}
 """What the script says of each row."""
@@ -116,6 +118,28 @@ class RedisVectors:
         """Returns if Redis answers."""
         with asking(self._url):
             self._redis.ping()
+
+    def claim(self, dimensions: int, model: str) -> None:
+        """Notes which model's vectors are kept, unless somebody has; called before any are.
+
+        Vectors of other dimensions cannot be compared, and those of another model mean nothing to
+        each other. Raises `ConfigurationError` for the former; of the latter the log speaks, since
+        a model may have many names.
+        """
+        key = f"{self.collection}:vectors"
+        with asking(self._url):
+            self._redis.hsetnx(key, "dimensions", str(dimensions))
+            self._redis.hsetnx(key, "model", model)
+            found: Any = self._redis.hmget(key, ["dimensions", "model"])
+        before, by = (each.decode() for each in found)
+        if int(before) != dimensions:
+            raise ConfigurationError(
+                f"the memories in Redis have vectors of {before} dimensions (of {by}), and this "
+                f"worker's model, {model}, makes {dimensions}: set it up as before, or give it a "
+                "RECALLQ_NAMESPACE of its own"
+            )
+        if by != model:
+            log.warning("vectors of %s are there, and are compared with those of %s", by, model)
 
     @property
     def cached_bytes(self) -> int:
@@ -324,6 +348,7 @@ class RedisVectors:
         top_k: int,
         where: Where | None,
     ) -> list[tuple[Row, float]]:
+        top_k = min(top_k, _MOST_FOUND)
         if top_k < 1:
             return []
         base = self._base(owner)

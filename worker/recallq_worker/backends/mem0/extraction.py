@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recallq.contract import timestamp
-from recallq_worker.backends.base import Extracted, Submission, together
+from recallq_worker.backends.base import REPEATABLE, Extracted, Submission, together
 from recallq_worker.backends.mem0 import shapes
 from recallq_worker.backends.mem0.drafts import Draft, DraftRow, drafting
 from recallq_worker.backends.mem0.vector_store import owner_is
@@ -30,6 +30,8 @@ class Finished:
     draft: Draft
     epoch: int
     extracted: list[Extracted]
+    repeatable: bool = False
+    """Whether its memories have the same ids whenever they are made."""
 
     @property
     def ids(self) -> list[str]:
@@ -39,7 +41,12 @@ class Finished:
     def intent(self) -> dict[str, Any]:
         """What `Mem0Library.recover` has to know."""
         entities = [row.id for row in self.draft.entities]
-        return {"owner": self.draft.owner, "ids": self.ids, "entities": entities}
+        return {
+            "owner": self.draft.owner,
+            "ids": self.ids,
+            "entities": entities,
+            REPEATABLE: self.repeatable,
+        }
 
 
 def extract(
@@ -100,7 +107,8 @@ def _as_they_are(
         Extracted(found[each.job_id], len(found[each.job_id]), len(submissions))
         for each in submissions
     ]
-    return Finished(draft, min(each.epoch for each in submissions), extracted)
+    lowest = min(each.epoch for each in submissions)
+    return Finished(draft, lowest, extracted, repeatable=True)
 
 
 def _mark(row: DraftRow, order: int, epoch: int) -> None:

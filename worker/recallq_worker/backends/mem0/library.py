@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from recallq.contract import Health, Scope
 from recallq.errors import BackendError, BackendUnavailable, ConfigurationError, JobError
 from recallq_worker.backends.base import (
+    REPEATABLE,
     Added,
     Extracted,
     Hit,
@@ -173,6 +174,9 @@ class Mem0Library(Mem0Backend):
         )
         self._memory = memory
         self._ask_store()
+        if isinstance(self._store, RedisVectorStore):
+            model = getattr(memory.embedding_model.inner.config, "model", None)
+            self._store.vectors.claim(self._store.embedding_model_dims, str(model))
 
     async def stop(self) -> None:
         memory, self._memory = self._memory, None
@@ -283,15 +287,14 @@ class Mem0Library(Mem0Backend):
     def _recover(
         self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
-        owner, ids = intent["owner"], intent["ids"]
+        owner, ids, repeatable = intent["owner"], intent["ids"], bool(intent.get(REPEATABLE))
         with owner_is(owner):
             found = [each for each in ids if self._store.get(vector_id=each) is not None]
             if submissions and len(found) == len(ids):
-                if self.infers(submissions[0]):
-                    return together(ids, len(submissions))
-                return by_submission(submissions, ids)
-        same_again = bool(submissions) and not self.infers(submissions[0])
-        if isinstance(self._store, RedisVectorStore) and not same_again:
+                if repeatable:
+                    return by_submission(submissions, ids)
+                return together(ids, len(submissions))
+        if isinstance(self._store, RedisVectorStore) and not repeatable:
             # Whoever was interrupted may still be about to store them.
             self._store.vectors.ban(owner, ids)
             if isinstance(self._entities, RedisVectorStore):

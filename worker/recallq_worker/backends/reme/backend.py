@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
+import traceback
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -22,10 +23,12 @@ from recallq.errors import (
     BackendError,
     BackendUnavailable,
     ConfigurationError,
+    InternalError,
     JobError,
     MissingExtra,
 )
 from recallq_worker.backends.base import (
+    REPEATABLE,
     Extracted,
     Hit,
     Journal,
@@ -57,6 +60,8 @@ class RemeBackend:
 
     name: ClassVar[str]
     kind: ClassVar[str]
+    prompt_tokens: ClassVar[int] = 0
+    """Of a prompt that is the submission's own, without what it says."""
     single_process: ClassVar[bool] = False
 
     def __init__(self, settings: WorkerSettings, own: RemeSettings) -> None:
@@ -112,7 +117,9 @@ class RemeBackend:
         return (session, True, fields)
 
     def tokens(self, submission: Submission) -> int:
-        return tokens(submission) if self.infers(submission) else 0
+        if not self.infers(submission):
+            return 0
+        return tokens(submission) + self.prompt_tokens
 
     async def extract(self, submissions: Sequence[Submission], journal: Journal) -> list[Extracted]:
         library, scope = self._running, submissions[0].scope
@@ -122,11 +129,8 @@ class RemeBackend:
                     made = await library.make(submissions)
                 else:
                     made = await library.as_they_are(submissions)
-            except CutOffAnswer as error:
-                if len(submissions) > 1:
-                    # The answer to so much would be cut off again; to one at a time, perhaps not.
-                    raise BackendError(f"extracting memories with ReMe: {error}") from error
-                raise
+            except* Exception as errors:  # noqa: BLE001  # one of them is raised
+                raise _first(errors, together=len(submissions) > 1) from None
         if not made.nodes and not made.deleted:
             return made.extracted
         await journal(made.intent)
@@ -139,18 +143,16 @@ class RemeBackend:
         self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
         library, owner, ids = self._running, intent["owner"], intent["ids"]
-        infer = bool(submissions) and self.infers(submissions[0])
+        repeatable = bool(intent.get(REPEATABLE))
         with _told("looking for memories that were stored"):
             found = await library.storage.get(owner, ids)
             if submissions and len(found) == len(ids):
                 await library.storage.discard(owner, intent["deleted"], ban=False)
-                if infer:
-                    return together(ids, len(submissions))
-                return _by_submission(submissions, ids)
-            # Whoever was interrupted may still be about to store them; what is stored as it is has
-            # the same ids when that is done again.
-            again = bool(submissions) and not infer
-            await to_its_end(library.storage.discard(owner, ids, ban=not again))
+                if repeatable:
+                    return _by_submission(submissions, ids)
+                return together(ids, len(submissions))
+            # Whoever was interrupted may still be about to store them.
+            await to_its_end(library.storage.discard(owner, ids, ban=not repeatable))
         return None
 
     # --- reading and deleting -------------------------------------------------------------------
@@ -206,6 +208,7 @@ class RemeTask(RemeBackend):
 
     name: ClassVar[str] = "reme_task"
     kind: ClassVar[str] = "task"
+    prompt_tokens: ClassVar[int] = 1000
 
 
 @contextmanager
@@ -218,8 +221,22 @@ def _told(doing: str) -> Iterator[None]:
     except Exception as error:
         told = as_job_error(error, doing)
         if told is None:
-            raise
+            # Its words may quote what users said; where it comes from does not.
+            name, places = type(error).__name__, traceback.format_tb(error.__traceback__)
+            log.error("unexpected %s when %s\n%s", name, doing, "".join(places))  # noqa: TRY400
+            raise InternalError(f"{doing}: {name}; see the worker's log") from None
         raise told from error
+
+
+def _first(errors: BaseExceptionGroup[Exception], *, together: bool) -> Exception:
+    """What to raise for what went wrong in extractions side by side. One that asked for too much
+    `together` is not to be tried so again: perhaps one at a time is not too much."""
+    found: BaseException = errors
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    if together and isinstance(found.__cause__, CutOffAnswer):
+        return BackendError(str(found))
+    return found if isinstance(found, Exception) else InternalError(type(found).__name__)
 
 
 def _by_submission(submissions: Sequence[Submission], ids: Sequence[str]) -> list[Extracted]:

@@ -48,11 +48,15 @@ def drafting() -> Iterator[Draft]:
     token = _draft.set(draft)
     try:
         yield draft
+    except Exception:
+        # Whatever the flow made of it: the first failure says best what went wrong.
+        if draft.failure is not None:
+            raise draft.failure  # noqa: B904  # with the cause that it has
+        raise
     finally:
         _draft.reset(token)
-        if draft.failure is not None:
-            # Whatever the flow made of it: the first failure says best what went wrong.
-            raise draft.failure
+    if draft.failure is not None:
+        raise draft.failure
 
 
 class DraftedStore:

@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from flowllm.core.context import BaseContext, C, FlowContext
 from flowllm.core.op import BaseAsyncOp, ParallelOp
 from flowllm.core.utils import parse_flow_expression
+from reme_ai.constants.language_constants import DATATIME_WORD_LIST
+from reme_ai.enumeration.language_enum import LanguageEnum
+from reme_ai.summary.personal import (
+    GetObservationOp,
+    GetObservationWithTimeOp,
+    InfoFilterOp,
+)
 from reme_ai.summary.task import MemoryDeduplicationOp
+from reme_ai.utils.datetime_handler import DatetimeHandler
 
 from recallq.errors import ConfigurationError
 from recallq_worker.backends.reme.drafts import Draft, DraftedStore, drafting
@@ -48,6 +56,7 @@ class Flow:
 
     def __init__(
         self,
+        name: str,
         expression: str,
         *,
         language: str,
@@ -66,7 +75,7 @@ class Flow:
                 self._tree = parse_flow_expression(expression)
             except Exception as error:  # noqa: BLE001  # an expression is code, in any state
                 raise ConfigurationError(
-                    f"the ReMe configuration: a flow cannot be built: {type(error).__name__}: "
+                    f"the ReMe configuration: {name} cannot be built: {type(error).__name__}: "
                     f"{error}"
                 ) from None
             finally:
@@ -92,6 +101,11 @@ class Flow:
             own.join_async_task = partial(own.join_async_task, return_exceptions=False)
         if isinstance(own, MemoryDeduplicationOp):
             own.async_before_execute = partial(_embed_ahead, own, self._embedding)
+        if isinstance(own, InfoFilterOp):
+            own.async_after_execute = partial(_tell_times, own)
+        if isinstance(own, GetObservationOp | GetObservationWithTimeOp):
+            timed = isinstance(own, GetObservationWithTimeOp)
+            own._filter_messages = partial(_filtered, own.language, timed=timed)  # noqa: SLF001
         if isinstance(step.ops, list):
             own.ops = [self._prepared(each) for each in step.ops]
         elif isinstance(step.ops, BaseContext):
@@ -108,9 +122,35 @@ async def _embed_ahead(step: BaseAsyncOp, embedding: BatchedEmbedding) -> None:
     await embedding.embed(texts)
 
 
-def summary_of(kind: str, flows: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """The expression of the flow that makes memories of a kind: the user's `own`, or ReMe's."""
+async def _tell_times(step: BaseAsyncOp) -> None:
+    """Says when messages were said: the step makes new ones of them, which were said now. What is
+    "tomorrow" in one that has waited, is reckoned from that."""
+    for message in step.context.get("messages") or []:
+        message.time_created = message.metadata.get("original_message_time", message.time_created)
+
+
+def _filtered(language: str, messages: Sequence[Any], *, timed: bool) -> list[Any]:
+    """The messages that have a word in them that speaks of a time, or those that have none.
+
+    As ReMe finds them; but for English it would split the message anew for each such word.
+    """
+    if DatetimeHandler.language_transform(language) is not LanguageEnum.EN:
+        has_time = partial(DatetimeHandler.has_time_word, language=language)
+        return [each for each in messages if has_time(query=each.content) is timed]
+    return [each for each in messages if _TIME_WORDS.isdisjoint(_words(each.content)) is not timed]
+
+
+def _words(text: str) -> Iterator[str]:
+    for word in text.lower().split(" "):
+        yield word.strip().strip(",").strip(".").strip("?").strip(":")
+
+
+_TIME_WORDS = frozenset(word.lower() for word in DATATIME_WORD_LIST[LanguageEnum.EN])
+
+
+def summary_of(kind: str, flows: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str]:
+    """The flow that makes memories of a kind, the user's `own` or ReMe's: name and expression."""
     name = SUMMARIES[kind]
     if kind == "personal" and name not in own:
-        return PERSONAL
-    return str(flows[name].flow_content)
+        return name, PERSONAL
+    return name, str(flows[name].flow_content)

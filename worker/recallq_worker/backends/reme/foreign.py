@@ -50,8 +50,8 @@ class ForeignStorage(RedisStorage):
     ) -> None:
         """`make` makes flowllm's store, and may connect; `workspace` names an owner's."""
         super().__init__(rows)
-        self.flow_store = _Later(lambda: self._foreign)
-        self.flow_store.embedding_model = rows.embedding_model
+        self.embedding_model = rows.embedding_model
+        self.flow_store = _Reads(self)
         self._backend = backend
         self._make = make
         self._workspace = workspace
@@ -63,7 +63,7 @@ class ForeignStorage(RedisStorage):
         await super().open()
         if self._foreign is None:
             try:
-                self._foreign = await asyncio.to_thread(self._make)
+                await asyncio.to_thread(self._connect)
             except ImportError as error:
                 raise ConfigurationError(
                     f"ReMe's {self._backend} store needs a package that is not installed: {error}"
@@ -75,12 +75,17 @@ class ForeignStorage(RedisStorage):
         await self._ask(lambda: self._foreign.async_exist_workspace("recallq_is_well"))
         return f"vectors in {self._backend}"
 
+    def _connect(self) -> None:
+        self._foreign = self._make()
+
     async def close(self) -> None:
         foreign, self._foreign = self._foreign, None
         await super().close()
         if foreign is not None:
-            await foreign.async_close()
-            await asyncio.to_thread(foreign.close)
+            try:
+                await foreign.async_close()
+            finally:
+                await asyncio.to_thread(foreign.close)
 
     async def put(
         self, owner: str, rows: Sequence[Row], nodes: Sequence[Any], vectors: Sequence[list[float]]
@@ -174,6 +179,10 @@ class ForeignStorage(RedisStorage):
             offset += len(rows)
         return await super().delete(owner, group=group, before_epoch=before_epoch)
 
+    async def read(self, call: str, *args: Any, **kwargs: Any) -> Any:
+        """Asks the store for what a flow wants to read."""
+        return await self._ask(lambda: getattr(self._foreign, call)(*args, **kwargs))
+
     async def _ask(self, call: Callable[[], Awaitable[T]]) -> T:
         """Asks the store, in the errors that backends raise."""
         if self._foreign is None:
@@ -184,28 +193,48 @@ class ForeignStorage(RedisStorage):
                 async with asyncio.timeout(_PATIENCE):
                     return await call()
             async with self._turn, asyncio.timeout(_PATIENCE):
-                try:
-                    return await call()
-                except BaseException:
-                    # Its connection may be closed for ever, or in the middle of something.
-                    await self._foreign.async_close()
-                    raise
+                return await self._reconnecting(call)
         except JobError:
             raise
         except Exception as error:
             raise as_job_error(error, doing) or _of_bulk(error, doing) or error from error
 
+    async def _reconnecting(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Once more, if the connection was lost before: the store does not make a new one by
+        itself. Whatever is asked of it may be repeated."""
+        try:
+            return await call()
+        except BaseException as error:
+            # It may be closed for ever, or in the middle of something.
+            await self._foreign.async_close()
+            if not isinstance(as_job_error(error, ""), BackendUnavailable):
+                raise
+        try:
+            return await call()
+        except BaseException:
+            await self._foreign.async_close()
+            raise
 
-class _Later:
-    """A vector store that is made later."""
 
-    embedding_model: Any
+class _Reads:
+    """The vector store as flows read it; they share it with everybody else."""
 
-    def __init__(self, store: Callable[[], Any]) -> None:
-        self._made = store
+    def __init__(self, storage: ForeignStorage) -> None:
+        self._storage = storage
+        self.embedding_model = storage.embedding_model
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._made(), name)
+    async def async_search(self, query: str, workspace_id: str, **kwargs: Any) -> Any:
+        # Now: where the store would ask for it, others would have to wait.
+        await self.embedding_model.embed([query])
+        return await self._storage.read("async_search", query, workspace_id, **kwargs)
+
+    async def async_list_workspace_nodes(self, workspace_id: str, **kwargs: Any) -> Any:
+        if not await self.async_exist_workspace(workspace_id):
+            return []
+        return await self._storage.read("async_list_workspace_nodes", workspace_id, **kwargs)
+
+    async def async_exist_workspace(self, workspace_id: str, **kwargs: Any) -> Any:
+        return await self._storage.read("async_exist_workspace", workspace_id, **kwargs)
 
 
 def _sent(node: Any, workspace: str) -> Any:

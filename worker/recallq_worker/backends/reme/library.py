@@ -7,15 +7,18 @@ each other's. Here each has its own, and the dictionary is left alone.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+import orjson
 from flowllm.core.context import C
 from flowllm.core.schema import ServiceConfig
 from pydantic import ValidationError
@@ -25,7 +28,8 @@ from reme_ai.schema.memory import PersonalMemory, TaskMemory
 from recallq.contract import Scope
 from recallq.errors import BackendError, ConfigurationError
 from recallq.keys import Keys
-from recallq_worker.backends.base import Extracted, Submission, together
+from recallq_worker.backends.base import REPEATABLE, Extracted, Submission, together
+from recallq_worker.backends.failures import as_job_error
 from recallq_worker.backends.reme import shapes
 from recallq_worker.backends.reme.drafts import DraftedStore
 from recallq_worker.backends.reme.flows import Flow, summary_of
@@ -45,7 +49,10 @@ from recallq_worker.vectors import Row
 log = logging.getLogger(__name__)
 
 _MEMORIES = {"personal": PersonalMemory, "task": TaskMemory}
-_OUR_PARAMS = ("api_key", "base_url", "max_retries", "raise_exception")
+_OUR_PARAMS = (
+    *("api_key", "base_url", "max_retries", "raise_exception"),
+    *("model", "messages", "stream", "tools"),
+)
 """Of an LLM's parameters in a ReMe configuration, those that do not go with requests."""
 _CHECK_TIMEOUT = 5.0
 
@@ -60,12 +67,27 @@ class Made:
     extracted: list[Extracted]
     deleted: list[str] = field(default_factory=list)
     """Memories that are to go instead."""
+    repeatable: bool = False
+    """Whether they have the same ids whenever they are made."""
 
     @property
     def intent(self) -> dict[str, Any]:
         """What `RemeBackend.recover` has to know."""
         ids = [node.unique_id for node in self.nodes]
-        return {"owner": self.owner, "ids": ids, "deleted": self.deleted}
+        return {
+            "owner": self.owner,
+            "ids": ids,
+            "deleted": self.deleted,
+            REPEATABLE: self.repeatable,
+        }
+
+
+class _Drafted(NamedTuple):
+    """What ReMe made of one trajectory."""
+
+    memories: list[tuple[int, Any]]
+    """Order key and ``VectorNode``, in the order in which they were said."""
+    deleted: list[str]
 
 
 class Library:
@@ -91,6 +113,7 @@ class Library:
         self._embedding = BatchedEmbedding(self._batcher)
         self._endpoint = models.llm
         self._llms: dict[str, StrictLlm] = {}
+        self._turns = asyncio.Semaphore(settings.slow_users)
         self._client: Any = None
         self._sdk: Any = None
         self._keys = Keys(settings.namespace)
@@ -102,7 +125,7 @@ class Library:
         self._flow = None
         if models.llm is not None:
             self._flow = Flow(
-                summary_of(kind, self._config.flow, given.get("flow") or {}),
+                *summary_of(kind, self._config.flow, given.get("flow") or {}),
                 language=language,
                 llm=self._llm,
                 embedding=self._embedding,
@@ -114,11 +137,16 @@ class Library:
     async def open(self, imported: Imported) -> None:
         """Connects. Raises whatever a vector store raises."""
         self._imported = imported
-        if C.thread_pool is None:  # where flowllm's vector stores do what blocks
-            C.thread_pool = ThreadPoolExecutor(4, "flowllm")
         await asyncio.to_thread(self._open_client)
         await self._batcher.start()
         await self.storage.open()
+        await self.storage.claim(self._embedding.dimensions, self._embedding.model_name)
+        if self._endpoint is not None:
+            try:
+                await self._check_llm()
+            except Exception as error:  # noqa: BLE001  # it may be there by the time it is needed
+                told = as_job_error(error, self._llm("default").doing)
+                log.warning("%s", told or type(error).__name__)
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -174,42 +202,59 @@ class Library:
         """Has ReMe make memories of one user's submissions of one group, and stores none."""
         scope, last = submissions[0].scope, submissions[-1]
         owner, lowest = self.owner(scope), min(each.epoch for each in submissions)
-        messages = [
-            turn
-            for each in submissions
-            for turn in shapes.turns(said(each, infer=True), each.order)
-        ]
-        if not messages:
-            return Made(owner, [], together([], len(submissions)))
-        flow, store = self._flow, self.storage.flow_store
-        if flow is None:
-            raise BackendError(
-                "RECALLQ_REME_INFER is off, and no LLM set up: add with infer=False, or turn it on"
-            )
-        workspace = owner if isinstance(store, RedisVectorStore) else self._workspace(owner)
-        draft = await flow.run(
-            workspace_id=workspace,
-            # One trajectory, as of a task that was done: that is what the memory services of
-            # agentscope-runtime gave ReMe.
-            trajectories=[{"messages": messages, "score": 1.0}],
-        )
+        if self._kind == "personal":
+            # Messages of a session, whoever submitted them when: each is read by itself.
+            drafts = [await self._draft(owner, submissions)]
+        else:
+            # A task each, as it was done: of several together, ReMe would find a few experiences,
+            # and drop those that resemble each other.
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._draft(owner, [each])) for each in submissions]
+            drafts = [task.result() for task in tasks]
         nodes: list[Any] = []
-        for node in draft.nodes.values():
-            if not searchable(node).strip():
-                continue
-            # Sorted by id, memories of one extraction are in the order in which ReMe made them.
+        for order, node in itertools.chain.from_iterable(draft.memories for draft in drafts):
+            # Sorted by id, memories of one submission are in the order in which they were said.
             node.unique_id = f"{len(nodes):08x}{uuid.uuid4().hex[8:]}"
             node.metadata = shapes.marked(
                 node.metadata,
                 scope=scope,
-                order=last.order,
+                order=order,
                 epoch=lowest,
                 given=shapes.metadata_of(last),
             )
             nodes.append(node)
         await self._embedding.async_get_node_embeddings(nodes)
         extracted = together([node.unique_id for node in nodes], len(submissions))
-        return Made(owner, nodes, extracted, draft.deleted)
+        deleted = [each for draft in drafts for each in draft.deleted]
+        return Made(owner, nodes, extracted, deleted)
+
+    async def _draft(self, owner: str, submissions: Sequence[Submission]) -> _Drafted:
+        """What ReMe makes of one trajectory."""
+        flow = self._flow
+        if flow is None:
+            raise BackendError(
+                "RECALLQ_REME_INFER is off, and no LLM set up: add with infer=False, or turn it on"
+            )
+        orders: dict[str, int] = {}
+        messages: list[dict[str, Any]] = []
+        for each in submissions:
+            for turn in shapes.turns(said(each, infer=True), each.order):
+                orders.setdefault(turn["content"], each.order)
+                messages.append(turn)
+        if not messages:
+            return _Drafted([], [])
+        foreign = not isinstance(self.storage.flow_store, RedisVectorStore)
+        draft = await flow.run(
+            workspace_id=self._workspace(owner) if foreign else owner,
+            # Of a task that was done, as the memory services of agentscope-runtime told ReMe.
+            trajectories=[{"messages": messages, "score": 1.0}],
+        )
+        found: list[tuple[int, Any]] = []
+        for place, node in sorted(_as_said(draft.nodes.values(), messages), key=itemgetter(0)):
+            if searchable(node).strip():
+                source = messages[place]["content"] if place < len(messages) else None
+                found.append((orders.get(source or "", submissions[-1].order), node))
+        return _Drafted(found, draft.deleted)
 
     async def as_they_are(self, submissions: Sequence[Submission]) -> Made:
         """Every message a memory, under an id that is the same whenever it is stored."""
@@ -234,7 +279,7 @@ class Library:
                 ids.append(node.unique_id)
             extracted.append(Extracted(ids, len(ids), len(submissions)))
         await self._embedding.async_get_node_embeddings(nodes)
-        return Made(self.owner(submissions[0].scope), nodes, extracted)
+        return Made(self.owner(submissions[0].scope), nodes, extracted, repeatable=True)
 
     async def store(self, scope: Scope, made: Made) -> bool:
         """Stores memories; False if a deletion has passed meanwhile. Repeating it after a failure
@@ -259,9 +304,8 @@ class Library:
         """Asks everything that is needed; says what it is."""
         stored_in = await self.storage.open()
         model = await self._batcher.check()
-        if self._endpoint is not None:
-            await self._check_llm()
-        return f"{self._imported}; {stored_in}, {model}"
+        detail = f"{self._imported}; {stored_in}, {model}"
+        return detail if self._endpoint is None else f"{detail}; {await self._check_llm()}"
 
     # --- models ---------------------------------------------------------------------------------
 
@@ -278,7 +322,10 @@ class Library:
                 )
             model = (name == "default" and self._endpoint.model) or section.model_name
             params = {key: each for key, each in section.params.items() if key not in _OUR_PARAMS}
-            self._llms[name] = StrictLlm(lambda: self._client, model, params)
+            where = urlsplit(self._endpoint.base_url).netloc.rpartition("@")[2]
+            self._llms[name] = StrictLlm(
+                lambda: self._client, model, params, where=where, turns=self._turns
+            )
         return self._llms[name]
 
     def _open_client(self) -> None:
@@ -293,16 +340,34 @@ class Library:
                 extra="reme",
             )
 
-    async def _check_llm(self) -> None:
-        """Asks the LLM's server for its models, which costs nothing."""
-        if self._client is None:
-            return
+    async def _check_llm(self) -> str:
+        """Asks the LLM's server for its models, which costs nothing; says what is known."""
+        llm = self._llm("default")
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
-                await self._client.models.list()
+                listed = await self._client.models.list()
         except self._sdk.APIStatusError as error:
             if error.status_code not in (403, 404, 405):
-                raise  # not every server has such a list, and not every key may see it
+                raise as_job_error(error, llm.doing) or error from None
+            # Not every server has such a list, and not every key may see it.
+            return f"{llm.doing} (not asked: it lists no models)"
+        except Exception as error:  # noqa: BLE001  # of whichever library
+            raise as_job_error(error, llm.doing) or error from None
+        models = {str(each.id) for each in listed.data or ()}
+        unknown = models and llm.model_name not in models
+        return llm.doing + (" (not among the models that it lists)" if unknown else "")
+
+
+def _as_said(nodes: Iterable[Any], messages: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
+    """New memories with the place of the message that each is of, as far as ReMe notes it: it
+    sorts them by the second in which it made them, the last one first."""
+    places = {each["content"]: place for place, each in reversed([*enumerate(messages)])}
+    for node in nodes:
+        try:
+            source = orjson.loads(node.metadata.get("metadata") or "{}").get("source_message")
+        except (AttributeError, TypeError, ValueError):
+            source = None  # of a flow that keeps other metadata
+        yield places.get(source if isinstance(source, str) else "", len(messages)), node
 
 
 def _configuration(given: dict[str, Any]) -> Any:

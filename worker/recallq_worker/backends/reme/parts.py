@@ -7,38 +7,44 @@ work. Embeddings go through the process's batcher, with those of all other users
 
 from __future__ import annotations
 
-import json
-import re
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flowllm.core.embedding_model import (
-    BaseEmbeddingModel,
-)
+import openai
+import orjson
+from flowllm.core.embedding_model import BaseEmbeddingModel
 from flowllm.core.enumeration import Role
 from flowllm.core.llm import BaseLLM
 from flowllm.core.schema import Message
 
-from recallq.errors import BackendError
-from recallq_worker.backends.failures import CutOffAnswer, UnusableAnswer, noting
+from recallq.errors import BackendError, BackendUnavailable
+from recallq_worker.backends.failures import CutOffAnswer, UnusableAnswer, as_job_error, noting
+from recallq_worker.backends.reme.answers import in_form, without_thoughts
 from recallq_worker.backends.reme.drafts import current
 from recallq_worker.embedding import EmbeddingBatcher
 from recallq_worker.embedding.texts import beginning
-
-_FENCED = re.compile(r"```json\s*([\s\S]*?)\s*```")
-_JUDGED = re.compile(r"(结果：|Result:)\s*<\d+>\s*<[0-3]>", re.IGNORECASE)
-_OBSERVED = re.compile(r"(信息：|Information:)\s*<\d+>", re.IGNORECASE)
-_NOTHING = re.compile(r"无|\b(none|no|nothing)\b", re.IGNORECASE)
 
 
 class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
     """One model of an OpenAI-compatible server, asked once, whose failures are raised."""
 
-    def __init__(self, client: Callable[[], Any], model_name: str, params: dict[str, Any]) -> None:
-        """`client` gives the ``AsyncOpenAI`` to ask; `params` go with every request."""
+    def __init__(
+        self,
+        client: Callable[[], Any],
+        model_name: str,
+        params: dict[str, Any],
+        *,
+        where: str,
+        turns: asyncio.Semaphore,
+    ) -> None:
+        """`client` gives the ``AsyncOpenAI`` to ask; `params` go with every request. `where` is the
+        server, to be told with errors; `turns` bounds requests at once."""
         super().__init__(model_name, max_retries=1, raise_exception=True)
         self._client = client
         self._params = params
+        self._turns = turns
+        self.doing = f"the LLM {model_name} at {where}"
 
     async def achat(
         self,
@@ -49,84 +55,89 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
         default_value: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The answer, or what `callback_fn` makes of it. Raises `UnusableAnswer` for one that is
-        not what was asked for, and openai's errors."""
+        """The answer, or what `callback_fn` makes of it. Raises what backends raise; the cause of
+        an answer that is not what was asked for is an `UnusableAnswer`."""
         with noting(current()):
-            answer = await self._ask(messages, **kwargs)
-            if callback_fn is None:
-                return answer
-            answer.content = checked(callback_fn, answer.content)
-            return callback_fn(answer)
+            try:
+                text = await self._ask(messages, **kwargs)
+                if callback_fn is None:
+                    return Message(role=Role.ASSISTANT, content=text)
+                text = in_form(callback_fn, text)
+                return _read(callback_fn, Message(role=Role.ASSISTANT, content=text))
+            except Exception as error:
+                told = as_job_error(error, self.doing)
+                if told is None or told is error:
+                    raise
+                raise told from error
 
     def chat(self, *args: Any, **kwargs: Any) -> Any:
         with noting(current()):
             raise BackendError("ReMe's flow asks its LLM synchronously, which would hold up others")
 
-    async def _ask(self, messages: list[Any], **kwargs: Any) -> Any:
-        """A streamed answer, since not every model answers otherwise."""
-        stream = await self._client().chat.completions.create(
-            model=self.model_name,
+    async def _ask(self, messages: list[Any], **kwargs: Any) -> str:
+        """A streamed answer, since not every model answers otherwise.
+
+        The SDK would make half a dozen objects of each of its hundreds of chunks.
+        """
+        body = {
+            **self._params,
+            **kwargs,
+            "model": self.model_name,
             # Servers may refuse to hear of reasoning, and there is none yet.
-            messages=[each.simple_dump(add_reasoning=False) for each in messages],
-            stream=True,
-            **{**self._params, **kwargs},
-        )
+            "messages": [each.simple_dump(add_reasoning=False) for each in messages],
+            "stream": True,
+        }
         parts: list[str] = []
-        reasoning: list[str] = []
         ended: str | None = None
-        async with stream:
-            async for chunk in stream:
-                for choice in chunk.choices[:1]:
-                    delta = choice.delta
-                    if delta is not None:
-                        parts.append(delta.content or "")
-                        reasoning.append(getattr(delta, "reasoning_content", None) or "")
-                    ended = choice.finish_reason or ended
+        create = self._client().chat.completions.with_streaming_response.create
+        try:
+            async with (
+                self._turns,
+                create(model=body["model"], messages=[], stream=True, extra_body=body) as answer,
+            ):
+                async for line in answer.iter_lines():
+                    name, _, data = line.partition(":")
+                    if name != "data" or data.strip() in ("", "[DONE]"):
+                        continue
+                    said, finished = _chunk(data)
+                    parts.append(said)
+                    ended = finished or ended
+        except openai.APIStatusError:
+            raise
+        except openai.APIError as error:
+            if isinstance(error, openai.APIConnectionError):
+                raise
+            raise BackendUnavailable(f"{self.doing}: it broke off its answer") from None
         if ended == "content_filter":
-            raise BackendError("the LLM's provider withholds the answer")
+            raise BackendError(f"{self.doing}: its provider withholds the answer")
         if ended != "stop":
-            raise CutOffAnswer("the LLM's answer was cut off")
-        text = "".join(parts)
+            raise CutOffAnswer("the answer was cut off")
+        text = without_thoughts("".join(parts))
         if not text.strip():
-            raise UnusableAnswer("the LLM's answer is empty")
-        return Message(role=Role.ASSISTANT, content=text, reasoning_content="".join(reasoning))
+            raise UnusableAnswer("the answer is empty")
+        return text
 
 
-def checked(callback: Callable[[Any], Any], answer: str) -> str:
-    """The answer, in the form that the step reads which `callback` belongs to, by whose name it is
-    told. Raises `UnusableAnswer` where the step would take one that it cannot read for one that
-    says nothing."""
-    step = callback.__qualname__.partition(".")[0]
-    match step:
-        case "InfoFilterOp":
-            if not _JUDGED.search(answer):
-                raise UnusableAnswer("the LLM's answer judges no message")
-        case "GetObservationOp" | "GetObservationWithTimeOp":
-            if not _OBSERVED.search(answer) and not _NOTHING.search(answer):
-                raise UnusableAnswer("the LLM's answer is no list of observations")
-        case "SuccessExtractionOp" | "FailureExtractionOp" | "ComparativeExtractionOp":
-            _check_experiences(_json_in(answer))
-        case "MemoryValidationOp":
-            # Without a fence, it would take whatever is said for a yes.
-            return f"```json\n{json.dumps(_json_in(answer))}\n```"
-        case _:
-            pass  # a step of the user's own flow reads answers in a way of its own
-    return answer
-
-
-def _json_in(answer: str) -> Any:
-    fenced = _FENCED.search(answer)
+def _chunk(data: str) -> tuple[str, str | None]:
+    """What one event of a stream adds to the answer, and why the answer ends, if it does."""
     try:
-        return json.loads(fenced[1] if fenced else answer)
-    except ValueError:
-        raise UnusableAnswer("the LLM's answer is not JSON") from None
+        event = orjson.loads(data)
+        if event.get("error"):
+            # Its words may quote what was sent.
+            raise UnusableAnswer("it broke off its answer, and called that an error")
+        choices = event.get("choices") or [{}]
+        return (choices[0].get("delta") or {}).get("content") or "", choices[0].get("finish_reason")
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise UnusableAnswer("the answer cannot be read") from None
 
 
-def _check_experiences(found: Any) -> None:
-    for each in found if isinstance(found, list) else [found]:
-        condition = isinstance(each, dict) and (each.get("when_to_use") or each.get("condition"))
-        if not condition or not isinstance(each.get("experience"), str) or not each["experience"]:
-            raise UnusableAnswer("the LLM's answer holds something else than experiences")
+def _read(callback: Callable[[Any], Any], answer: Any) -> Any:
+    """What a step makes of an answer; it may stumble over what nobody has foreseen."""
+    try:
+        return callback(answer)
+    except Exception as error:
+        name = type(error).__name__
+        raise UnusableAnswer(f"the answer cannot be read ({name})") from error
 
 
 class BatchedEmbedding(BaseEmbeddingModel):  # type: ignore[misc]  # see above

@@ -21,6 +21,9 @@ from recallq_worker.vectors import Row
 SESSION, ORDER, EPOCH = "recallq_session", "recallq_order", "recallq_epoch"
 MESSAGE, METADATA = "recallq_message", "recallq_metadata"
 
+_SAID_ELSEWHERE = frozenset({"keywords", "when_to_use", "condition", "experience"})
+"""Of what ReMe notes of a memory."""
+
 
 def session_token(session: str) -> str:
     """A session in letters and digits: what every vector store can look for exactly."""
@@ -94,6 +97,9 @@ def _message(row: Row, metadata: Mapping[str, Any]) -> dict[str, Any]:
     when = str(row.payload.get("content") or "")
     if when.strip() and when != content:
         message["when_to_use"] = when
+    more = _object(metadata.get("metadata")) or {}
+    if more := {key: each for key, each in more.items() if key not in _SAID_ELSEWHERE}:
+        message["reme"] = more
     given = _object(metadata.get(METADATA))
     if given:
         message["metadata"] = given

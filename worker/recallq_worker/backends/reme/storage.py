@@ -27,6 +27,10 @@ class Storage(Protocol):
 
     async def close(self) -> None: ...
 
+    async def claim(self, dimensions: int, model: str) -> None:
+        """Says what vectors are there. Raises `ConfigurationError` if there are others."""
+        ...
+
     async def put(
         self, owner: str, rows: Sequence[Row], nodes: Sequence[Any], vectors: Sequence[list[float]]
     ) -> bool:
@@ -69,6 +73,9 @@ class RedisStorage:
 
     async def close(self) -> None:
         self._store.close()
+
+    async def claim(self, dimensions: int, model: str) -> None:
+        await self._store.in_thread(lambda: self._vectors.claim(dimensions, model))
 
     async def put(
         self, owner: str, rows: Sequence[Row], nodes: Sequence[Any], vectors: Sequence[list[float]]
