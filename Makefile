@@ -48,7 +48,7 @@ $(READY): requirements.lock pyproject.toml
 	@test -n '$(PYTHON)' || { echo 'no Python found: install Python 3.11, or say make PYTHON=...'; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo '$(PYTHON) is older than 3.11; say make PYTHON=...'; exit 1; }
-	@echo 'installing into $(VENV) (once, about a minute) ...'
+	@echo 'installing into $(VENV) (once, a minute or two) ...'
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo 'the venv module does not work; on Debian: apt install python3-venv'; exit 1; }

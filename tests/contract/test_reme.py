@@ -550,6 +550,9 @@ class TestSettings:
             ('{"llm": [1]}', "llm of the ReMe configuration must be an object"),
             ('{"llm": {"default": 3}}', "llm of the ReMe configuration must be an object"),
             ('{"llm": {', "RECALLQ_REME_CONFIG is not YAML"),
+            ('{"lm": {}}', "has no section 'lm'"),
+            ('{"llm": {"x": {"backend": "litellm"}}}', "llm.x.backend .* openai_compatible"),
+            ('{"vector_store": {"default": {"backend": "memory"}}}', "workers cannot share"),
         ],
     )
     def test_a_configuration_that_cannot_be_read(self, config: str, said: str) -> None:
@@ -559,7 +562,6 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("given", "said"),
         [
-            ({"vector_store": {"default": {"backend": "memory"}}}, "workers cannot share"),
             (
                 {"vector_store": {"default": {"backend": "redis", "params": {"url": "x"}}}},
                 "takes no params",

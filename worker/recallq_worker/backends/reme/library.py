@@ -32,11 +32,11 @@ from recallq_worker.backends.base import REPEATABLE, Extracted, Submission, toge
 from recallq_worker.backends.failures import as_job_error
 from recallq_worker.backends.reme import shapes
 from recallq_worker.backends.reme.drafts import DraftedStore
-from recallq_worker.backends.reme.flows import Flow, summary_of
+from recallq_worker.backends.reme.flows import SUMMARIES, Flow, summary_of
 from recallq_worker.backends.reme.foreign import ForeignStorage
 from recallq_worker.backends.reme.loading import Imported
 from recallq_worker.backends.reme.parts import BatchedEmbedding, StrictLlm, searchable
-from recallq_worker.backends.reme.settings import SHARED_STORES, Models, RemeSettings
+from recallq_worker.backends.reme.settings import Models, RemeSettings
 from recallq_worker.backends.reme.storage import RedisStorage, Storage
 from recallq_worker.backends.reme.vector_store import RedisVectorStore, row_of
 from recallq_worker.backends.submissions import said
@@ -122,6 +122,9 @@ class Library:
         # ReMe's English prompts are those of no language, and its task flows have no others.
         chinese = "zh" in (own.language, given.get("language"))
         language = "zh" if chinese and kind == "personal" else ""
+        unused = given.get("flow", {}).keys() - {SUMMARIES[kind]} if given.get("flow") else ()
+        if unused:
+            log.info("flows of the ReMe configuration that are not used here: %s", sorted(unused))
         self._flow = None
         if models.llm is not None:
             self._flow = Flow(
@@ -160,11 +163,6 @@ class Library:
     def _make_storage(self, given: dict[str, Any]) -> Storage:
         store = (given.get("vector_store") or {}).get("default") or {}
         backend, params = store.get("backend") or "redis", dict(store.get("params") or {})
-        if backend not in SHARED_STORES:
-            raise ConfigurationError(
-                f"vector_store.default.backend of the ReMe configuration is {backend!r}, which "
-                f"workers cannot share; use {', '.join(SHARED_STORES)}"
-            )
         foreign = backend != "redis"
         if params and not foreign:
             raise ConfigurationError(
@@ -316,10 +314,6 @@ class Library:
             section = self._config.llm.get(name)
             if section is None:
                 raise ConfigurationError(f"the ReMe configuration has no llm called {name!r}")
-            if section.backend != "openai_compatible":
-                raise ConfigurationError(
-                    f"llm.{name}.backend of the ReMe configuration must be openai_compatible"
-                )
             model = (name == "default" and self._endpoint.model) or section.model_name
             params = {key: each for key, each in section.params.items() if key not in _OUR_PARAMS}
             where = urlsplit(self._endpoint.base_url).netloc.rpartition("@")[2]

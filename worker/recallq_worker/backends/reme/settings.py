@@ -22,6 +22,15 @@ SHARED_STORES = ("redis", "qdrant", "elasticsearch", "pgvector")
 """Vector stores in which all workers see the same; ReMe's others are a process's own."""
 
 
+_OPENAI = "openai_compatible"
+_SECTIONS = frozenset(
+    {"llm", "embedding_model", "vector_store", "flow", "language"}
+    # What is for ReMe's own servers does no harm.
+    | {"backend", "cmd", "enable_logo", "external_mcp", "http", "init_logger", "mcp", "metadata"}
+    | {"disabled_flows", "enabled_flows", "ray_max_workers", "thread_pool_max_workers"}
+)
+
+
 class RemeSettings(BaseSettings):
     """``RECALLQ_REME_*``."""
 
@@ -59,6 +68,23 @@ class RemeSettings(BaseSettings):
                 raise ConfigurationError(
                     f"{name} of the ReMe configuration must be an object of objects by their names"
                 )
+        if unknown := found.keys() - _SECTIONS:
+            raise ConfigurationError(
+                f"the ReMe configuration has no section {min(map(str, unknown))!r}; there "
+                f"are {', '.join(sorted(_SECTIONS))}"
+            )
+        for name in ("llm", "embedding_model"):
+            for model, section in (found.get(name) or {}).items():
+                if section.get("backend", _OPENAI) != _OPENAI:
+                    raise ConfigurationError(
+                        f"{name}.{model}.backend of the ReMe configuration must be {_OPENAI}"
+                    )
+        store = (found.get("vector_store") or {}).get("default") or {}
+        if store.get("backend", "redis") not in SHARED_STORES:
+            raise ConfigurationError(
+                f"vector_store.default.backend of the ReMe configuration is {store['backend']!r}, "
+                f"which workers cannot share; use {', '.join(SHARED_STORES)}"
+            )
         return found
 
 
@@ -92,18 +118,16 @@ class Models:
         missing: list[str] = []
         endpoint = None
         if infer:
-            endpoint = Endpoint(
-                own.llm_model or "",
-                own.llm_base_url or _found(llm, "base_url", "FLOW_LLM_BASE_URL", missing),
-                own.llm_api_key or SecretStr(_found(llm, "api_key", "FLOW_LLM_API_KEY", missing)),
-            )
+            url = own.llm_base_url or _found(llm, "base_url", "FLOW_LLM_BASE_URL", missing)
+            key = own.llm_api_key or SecretStr(_found(llm, "api_key", "FLOW_LLM_API_KEY", missing))
+            endpoint = Endpoint(own.llm_model or "", _checked(url, "LLM"), key)
         embedding: dict[str, Any] = {}
         if own.embedding_provider in (None, "openai") and own.embedding_callable is None:
             embedding["embedding_provider"] = "openai"
-            if own.embedding_base_url is None:
-                embedding["embedding_base_url"] = _found(
-                    vectors, "base_url", "FLOW_EMBEDDING_BASE_URL", missing
-                )
+            url = own.embedding_base_url or _found(
+                vectors, "base_url", "FLOW_EMBEDDING_BASE_URL", missing
+            )
+            embedding["embedding_base_url"] = _checked(url, "EMBEDDING")
             if own.embedding_api_key is None:
                 embedding["embedding_api_key"] = SecretStr(
                     _found(vectors, "api_key", "FLOW_EMBEDDING_API_KEY", missing)
@@ -113,12 +137,6 @@ class Models:
                 f"ReMe needs {', '.join(missing)}: set what is missing (for a server that checks "
                 "no key, the key may be any text)"
             )
-        for name, url in (
-            ("FLOW_LLM_BASE_URL", endpoint.base_url if endpoint else None),
-            ("FLOW_EMBEDDING_BASE_URL", embedding.get("embedding_base_url")),
-        ):
-            if url is not None and not url.startswith(("http://", "https://")):
-                raise ConfigurationError(f"{name} must begin with http:// or https://")
         return cls(endpoint, own.model_copy(update=embedding))
 
     def embedding_as(self, section: Any) -> ModelSettings:
@@ -148,6 +166,15 @@ def _found(params: dict[str, Any], name: str, variable: str, missing: list[str])
         missing.append(variable)
         return "http://missing"
     return str(value)
+
+
+def _checked(url: str, kind: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ConfigurationError(
+            f"FLOW_{kind}_BASE_URL, or where else the base URL is from (RECALLQ_{kind}_BASE_URL, "
+            "the ReMe configuration), must begin with http:// or https://"
+        )
+    return url
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
