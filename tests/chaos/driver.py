@@ -32,6 +32,7 @@ _WORKER_SETTINGS = {
     "visibility_timeout": "10",
     "job_timeout": "4",
     "retry_attempts": "12",
+    "slow_attempts": "12",
     "retry_base": "0.1",
     "retry_cap": "2",
     "result_expires": str(6 * 3600),

@@ -185,7 +185,7 @@ async def test_trouble_that_passes(
 async def test_trouble_that_stays_ends_as_a_dead_letter(
     client: MemoryClient, start_mem0: StartMem0, server: OpenAIServer
 ) -> None:
-    await asyncio.to_thread(start_mem0, retry_attempts=3, retry_base=0.1)
+    await asyncio.to_thread(start_mem0, slow_attempts=3, retry_base=0.1)
     server.fail(CHAT, 500)
     with pytest.raises(BackendUnavailable, match="extracting memories with mem0: HTTP 500"):
         await client.add_memory("ann", "tea")

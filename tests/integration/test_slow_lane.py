@@ -488,10 +488,18 @@ class TestFailing:
         assert (await other.result(30)).record_ids
         assert "not looked" in worker.output
 
+    async def test_it_is_more_patient_than_other_lanes(
+        self, client: MemoryClient, start_worker: StartWorker
+    ) -> None:
+        await asyncio.to_thread(
+            start_worker, backend=EXTRACTOR, retry_attempts=2, retry_base=0.05, retry_cap=0.1
+        )
+        assert (await client.add_memory("ann", "fail 12 times")).added == 1
+
     async def test_attempts_run_out_and_are_told(
         self, client: MemoryClient, start_worker: StartWorker
     ) -> None:
-        await asyncio.to_thread(start_worker, backend=EXTRACTOR, retry_attempts=3, retry_base=0.05)
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, slow_attempts=3, retry_base=0.05)
         handle = await client.submit_add("ann", "fail 9 times")
         await state(handle, JobState.DEAD)
         (letter,) = await client.dead_letters.list("ann")
@@ -503,7 +511,7 @@ class TestFailing:
         self, client: MemoryClient, start_worker: StartWorker
     ) -> None:
         first = await asyncio.to_thread(
-            start_worker, backend=EXTRACTOR, retry_attempts=1, retry_base=0.05
+            start_worker, backend=EXTRACTOR, slow_attempts=1, retry_base=0.05
         )
         handle = await client.submit_add("ann", "fail 1 times")
         await state(handle, JobState.DEAD)

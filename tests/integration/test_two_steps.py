@@ -300,7 +300,7 @@ class TestTheSecondStep:
     @pytest.fixture
     async def worker(self, start_worker: StartWorker) -> Worker:
         return await asyncio.to_thread(
-            lambda: start_worker(backend="indexed", retry_attempts=3, retry_base=0.1)
+            lambda: start_worker(backend="indexed", slow_attempts=3, retry_base=0.1)
         )
 
     async def test_a_call_that_is_cancelled_from_within_is_an_error(

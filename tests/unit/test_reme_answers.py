@@ -46,6 +46,7 @@ BOTH = "Result: <1> <3>\nResult: <2> <0>"
     [
         BOTH,
         "Result: <2> <0>\nResult: <1> <3>",
+        "1. **Result**: <1> <3>\n2. **Result:** <2> <0>",
         "I would say:\nResult:<1><3>; Result: <2> <0>",
         "结果： <1> <3>\n结果：<2> <0>",
         "结果:<1> <3>\nresult: <2> <0>",
@@ -80,6 +81,7 @@ ONE = "Information: <1> <> <ann likes tea> <tea>"
         (ONE, ONE),
         (f"Here you are:\n- {ONE}.\n\nBye", ONE),
         (f"{ONE}\n{ONE}", ONE),
+        ("- **Information:** <1> <> <ann likes tea> <tea> (as she says)", ONE),
         ("信息： <1> <> <ann likes tea> <tea>", ONE),
         ("information: <1><><ann likes tea><tea>", ONE),
         (

@@ -215,7 +215,8 @@ class Runtime:
             coordination, self._keys, ledger, indexing=takes_second_step(memory)
         )
         slow_lane = None
-        rules = Rules(settings.slow_tokens, settings.slow_timeout, retries, clock.now)
+        patient = RetryPolicy(settings.slow_attempts, settings.retry_base, settings.retry_cap)
+        rules = Rules(settings.slow_tokens, settings.slow_timeout, patient, clock.now)
         if Lane.SLOW not in self._lanes:
             pass  # another process works in it
         elif isinstance(memory, MemoryExtractor):

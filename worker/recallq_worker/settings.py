@@ -50,6 +50,9 @@ class WorkerSettings(ClientSettings):
     that is waiting, and their texts share requests to the embedding service."""
     slow_pause: float = Field(0.1, ge=0)
     """How long the first add of a user waits for others, to be extracted with them in one call."""
+    slow_attempts: int = Field(30, ge=1)
+    """Most tries of what takes the slow lane, in place of `retry_attempts`: with the usual waits
+    they take six minutes or more, since models and search indexes may be away for some."""
     slow_tokens: int = Field(8000, ge=1)
     """Most tokens of messages in one extraction, about; a single add may have more."""
     slow_timeout: float = Field(120.0, gt=0)

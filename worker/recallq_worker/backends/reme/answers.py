@@ -16,9 +16,11 @@ from typing import Any
 
 from recallq_worker.backends.failures import CutOffAnswer, UnusableAnswer
 
-_JUDGED = re.compile(r"(?:结果|Result) ?[:：] {0,3}<(\d{1,9})> {0,3}<([0-3])>", re.IGNORECASE)
-_OBSERVED = re.compile(r"(信息|Information) ?[:：] {0,3}<(\d{1,9})> {0,3}(<.*)$", re.IGNORECASE)
-_FIELDS = re.compile(r"<([^<>]*)> {0,3}<(.*)> {0,3}<([^<>]*)>[.。]?")
+# Models like to set such words in bold, and to add something at the end.
+_COLON = r"[ *]{0,4}[:：][ *]{0,4}"
+_JUDGED = re.compile(rf"(?:结果|Result){_COLON}<(\d{{1,9}})> {{0,3}}<([0-3])>", re.IGNORECASE)
+_OBSERVED = re.compile(rf"(信息|Information){_COLON}<(\d{{1,9}})> {{0,3}}(<.*)$", re.IGNORECASE)
+_FIELDS = re.compile(r"<([^<>]*)> {0,3}<(.*)> {0,3}<([^<>]*)>[^<>]*")
 _NOTHING = frozenset({"none", "nothing", "n/a", "no information", "无", "没有"})
 _BRACKETS = str.maketrans("<>", "‹›")
 _THINK, _THOUGHT = "<think>", "</think>"
