@@ -106,24 +106,24 @@ async def texts(backend: MemoryExtractor, user: str, session: str | None = None)
     return [str(each.message["content"]) for each in found]
 
 
-class TestPersonal(ExtractorConformance):
+class OnRedis(ExtractorConformance):
+    kind: type[RemeBackend]
+
     @asynccontextmanager
     async def open_extractor(
         self, redis_url: str, namespace: str
     ) -> AsyncIterator[MemoryExtractor]:
         with reme_server() as server:
-            async with opened(reme(RemePersonal, server, redis_url, namespace)) as backend:
+            async with opened(reme(self.kind, server, redis_url, namespace)) as backend:
                 yield backend
 
 
-class TestTask(ExtractorConformance):
-    @asynccontextmanager
-    async def open_extractor(
-        self, redis_url: str, namespace: str
-    ) -> AsyncIterator[MemoryExtractor]:
-        with reme_server() as server:
-            async with opened(reme(RemeTask, server, redis_url, namespace)) as backend:
-                yield backend
+class TestPersonal(OnRedis):
+    kind = RemePersonal
+
+
+class TestTask(OnRedis):
+    kind = RemeTask
 
 
 class OnAStoreOfReMes(ExtractorConformance):
