@@ -29,7 +29,7 @@ from tests.loopback.openai_api import Answer, OpenAIServer
 from tests.loopback.qdrant_api import QdrantServer
 from tests.loopback.reme_prompts import ReMeAnswers
 from tests.postgres import PostgresServer
-from tests.support import clean_environment
+from tests.support import clean_environment, redis_at
 
 CHAT, EMBEDDINGS = "/v1/chat", "/v1/embeddings"
 DIMENSIONS = 256
@@ -445,6 +445,14 @@ class TestWhatReMeWouldLose:
             await backend.extract([submission("ann", "tea is green")], Notes())
             assert await texts(backend, "ann") == []
 
+    @pytest.mark.parametrize("said", ["roses\u2028violets", "roses\x85violets", "\ufeffroses"])
+    async def test_characters_that_some_take_for_the_end_of_a_line(
+        self, backend: RemeBackend, user: str, said: str
+    ) -> None:
+        await backend.extract([submission(user, said)], Notes())
+        (text,) = await texts(backend, user)
+        assert text.split() == said.split()
+
     async def test_tasks_that_resemble_each_other_are_all_kept(
         self, server: OpenAIServer, redis_url: str, namespace: str
     ) -> None:
@@ -609,6 +617,23 @@ class TestSettings:
                 )
                 == 1
             )
+
+    async def test_who_stored_nothing_binds_nobody(
+        self, server: OpenAIServer, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with opened(reme(RemePersonal, server, redis_url, namespace)):
+            pass
+        monkeypatch.setenv("RECALLQ_EMBEDDING_DIMENSIONS", "512")
+        async with opened(reme(RemePersonal, server, redis_url, namespace)) as backend:
+            await backend.extract([submission("ann", "tea is green")], Notes())
+        monkeypatch.delenv("RECALLQ_EMBEDDING_DIMENSIONS")
+        async with redis_at(redis_url) as redis:
+            for claimed in (True, False):  # also of what was stored before anybody noted it
+                if not claimed:
+                    await redis.delete(f"{namespace}:reme_personal:vectors")
+                with pytest.raises(ConfigurationError, match="have vectors of 512 dimensions"):
+                    async with opened(reme(RemePersonal, server, redis_url, namespace)):
+                        pass
 
     async def test_in_chinese(self, server: OpenAIServer, redis_url: str, namespace: str) -> None:
         backend = reme(RemePersonal, server, redis_url, namespace, {"language": "zh"})

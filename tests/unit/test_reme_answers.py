@@ -52,6 +52,8 @@ BOTH = "Result: <1> <3>\nResult: <2> <0>"
         "结果:<1> <3>\nresult: <2> <0>",
         "Result: <1> <1>\nResult: <2> <0>\nNo, wait.\nResult: <1> <3>",
         "Result: <0> <3>\nResult: <9> <3>\n" + BOTH,
+        "Result: `<1> <3>`\nResult: <2>, <Score: 0>",
+        "结果：＜1＞ ＜3＞\n结果：<2> <分数:0>",
     ],
 )
 def test_judgments(answer: str) -> None:
@@ -97,8 +99,24 @@ ONE = "Information: <1> <> <ann likes tea> <tea>"
             "Information: <1> <> <ann likes ham (2026)> <ham>",
         ),
         ("None", "None"),
-        ("无。", "无。"),
-        ("Information: <1> <> <None> <>", "Information: <1> <> <None> <>"),
+        ("无。", "None"),
+        ("Thought: hypothetical.\nNone", "None"),
+        ("Thought: a novel.\nInformation: None", "None"),
+        ("思考：剧本。\n信息：无", "None"),
+        ('"None"', "None"),
+        ("Information: <1> <> <None> <>", "None"),
+        ("Information: <1> <None> <None> <None>", "None"),
+        ("Information: <1> <None>", "None"),
+        ("Information: <1> <> <None> <> (hypothetical)", "None"),
+        ("Information: <1> <None> <ann likes tea> <tea>", ONE),
+        (
+            f"Thought: yes.\n{ONE}\nThought: also.\n**Information:** `<2> <> <b> <k>`",
+            f"{ONE}\nInformation: <2> <> <b> <k>",
+        ),
+        (f"{ONE} Information: <2> <> <b> <k>", f"{ONE}\nInformation: <2> <> <b> <k>"),
+        ("Information:\n<1> <> <ann\nlikes tea> <tea>", ONE),
+        ("Information: ＜1＞ ＜＞ ＜ann likes tea＞ ＜tea＞", ONE),
+        ("Information: <1> <> <ann\u2028likes tea> <tea>;", ONE),
     ],
 )
 def test_observations(answer: str, found: str) -> None:
@@ -119,6 +137,8 @@ def test_observations_with_a_time() -> None:
         "Information: <1> <I like tea> <tea>",
         "Information: <3> <> <I like tea> <tea>",
         "Information: <0> <> <I like tea> <tea>",
+        "Information: <1, 2> <> <I like tea> <tea>",
+        "Information: <1> <> <I like tea",
         f"{ONE}\nInformation: <2> <> <and so",
     ],
 )
@@ -138,10 +158,21 @@ EXPERIENCE = {"when_to_use": "always", "experience": "```json\n[]\n``` is an emp
         json.dumps(EXPERIENCE),
         f"```json\n{json.dumps([EXPERIENCE])}\n```",
         f"Here you are:\n```json\n{json.dumps([EXPERIENCE], indent=1)}\n```\nThat is all.",
+        f"```\n{json.dumps([EXPERIENCE])}\n```",
+        f"``` JSON\n{json.dumps([EXPERIENCE])}",
+        f"Here: {json.dumps([EXPERIENCE])}. Bye [1]",
+        json.dumps({"experiences": [EXPERIENCE]}),
     ],
 )
 def test_experiences(step: str, answer: str) -> None:
     assert parsed(in_form(callback(step), answer)) == [EXPERIENCE]
+
+
+def test_experiences_in_fences_of_their_own() -> None:
+    one, two = ({"when_to_use": "x", "experience": each} for each in ("a", "b\ud83d"))
+    answer = f"1.\n```json\n{json.dumps(one)}\n```\n2.\n```json\n{json.dumps(two)}\n```"
+    found = parsed(in_form(callback("SuccessExtractionOp"), answer))
+    assert [each["experience"] for each in found] == ["a", "b?"]
 
 
 def test_no_experience_may_be_found() -> None:

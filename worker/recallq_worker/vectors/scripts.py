@@ -231,3 +231,12 @@ for i = 1, #found, 2 do
 end
 return {ids, last}
 """
+
+# KEYS: what the collection's vectors are. ARGV: dimensions, model.
+# Returns what somebody said first, and whether that is new (1/0).
+CLAIM = """
+local new = redis.call('EXISTS', KEYS[1]) == 0
+if new then redis.call('HSET', KEYS[1], 'dimensions', ARGV[1], 'model', ARGV[2]) end
+local dimensions, model = unpack(redis.call('HMGET', KEYS[1], 'dimensions', 'model'))
+return {dimensions, model, new and 1 or 0}
+"""

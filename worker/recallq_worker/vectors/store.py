@@ -106,6 +106,7 @@ class RedisVectors:
         self._remove = self._redis.register_script(scripts.REMOVE)
         self._delete = self._redis.register_script(scripts.DELETE)
         self._fence = self._redis.register_script(scripts.FENCE)
+        self._claim = self._redis.register_script(scripts.CLAIM)
         self._page = self._redis.register_script(scripts.PAGE)
         self._changes = self._redis.register_script(scripts.CHANGES)
         self._ids = self._redis.register_script(scripts.IDS)
@@ -120,26 +121,43 @@ class RedisVectors:
             self._redis.ping()
 
     def claim(self, dimensions: int, model: str) -> None:
-        """Notes which model's vectors are kept, unless somebody has; called before any are.
+        """Notes which model's vectors are kept; called before any are.
 
         Vectors of other dimensions cannot be compared, and those of another model mean nothing to
-        each other. Raises `ConfigurationError` for the former; of the latter the log speaks, since
-        a model may have many names.
+        each other. Raises `ConfigurationError` if the former are there; of the latter the log
+        speaks, since a model may have many names.
         """
         key = f"{self.collection}:vectors"
+        before, by, new = self._call(self._claim, [key], [dimensions, model])
+        if int(before) == dimensions and not new:
+            if by.decode() != model:
+                log.warning(
+                    "vectors of %s are there, and compared with those of %s", by.decode(), model
+                )
+            return
+        there = self._stored_dimensions()
+        if there in (None, dimensions):  # only a worker that stored nothing was of another mind
+            with asking(self._url):
+                self._redis.hset(key, mapping={"dimensions": str(dimensions), "model": model})
+            return
+        if new:  # they were stored before anybody said
+            by = b"a model that nobody noted"
+            with asking(self._url):
+                self._redis.hset(key, mapping={"dimensions": str(there), "model": by})
+        raise ConfigurationError(
+            f"the memories in Redis have vectors of {there} dimensions (of {by.decode()}), and "
+            f"this worker's model, {model}, makes {dimensions}: set it up as before, or give it a "
+            "RECALLQ_NAMESPACE of its own"
+        )
+
+    def _stored_dimensions(self) -> int | None:
+        """What some stored vector has; None if there is none."""
         with asking(self._url):
-            self._redis.hsetnx(key, "dimensions", str(dimensions))
-            self._redis.hsetnx(key, "model", model)
-            found: Any = self._redis.hmget(key, ["dimensions", "model"])
-        before, by = (each.decode() for each in found)
-        if int(before) != dimensions:
-            raise ConfigurationError(
-                f"the memories in Redis have vectors of {before} dimensions (of {by}), and this "
-                f"worker's model, {model}, makes {dimensions}: set it up as before, or give it a "
-                "RECALLQ_NAMESPACE of its own"
-            )
-        if by != model:
-            log.warning("vectors of %s are there, and are compared with those of %s", by, model)
+            for key in self._redis.scan_iter(match=self._keys_of_all("v"), count=_READ_CHUNK):
+                found: Any = self._redis.hrandfield(key, 1, withvalues=True)
+                if found:
+                    return len(found[1]) // 4
+        return None
 
     @property
     def cached_bytes(self) -> int:
@@ -235,9 +253,8 @@ class RedisVectors:
     def clear(self) -> int:
         """Removes every row of every owner, and says how many. Fences stay."""
         removed = 0
-        pattern = "".join(f"\\{each}" if each in "*?[]\\" else each for each in self.collection)
         with asking(self._url):
-            for key in self._redis.scan_iter(match=f"{pattern}:{{*}}:o", count=_READ_CHUNK):
+            for key in self._redis.scan_iter(match=self._keys_of_all("o"), count=_READ_CHUNK):
                 base = bytes(key).decode().removesuffix(":o")
                 removed += self._delete_from(base, f"{base}:o", NEVER_FENCED + 1)
         return removed
@@ -416,6 +433,11 @@ class RedisVectors:
     def _base(self, owner: str) -> str:
         # Without anything between its braces, a tag is none.
         return f"{self.collection}:{{{escaped(owner) or '='}}}"
+
+    def _keys_of_all(self, name: str) -> str:
+        """A pattern of the keys that every owner has one of."""
+        own = "".join(f"\\{each}" if each in "*?[]\\" else each for each in self.collection)
+        return f"{own}:{{*}}:{name}"
 
     def _places(self, owner: str, group: str | None) -> str:
         base = self._base(owner)

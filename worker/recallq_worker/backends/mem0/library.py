@@ -287,7 +287,9 @@ class Mem0Library(Mem0Backend):
     def _recover(
         self, submissions: Sequence[Submission], intent: dict[str, Any]
     ) -> list[Extracted] | None:
-        owner, ids, repeatable = intent["owner"], intent["ids"], bool(intent.get(REPEATABLE))
+        owner, ids = intent["owner"], intent["ids"]
+        as_it_is = bool(submissions) and not self.infers(submissions[0])
+        repeatable = bool(intent.get(REPEATABLE, as_it_is))  # older journals do not say
         with owner_is(owner):
             found = [each for each in ids if self._store.get(vector_id=each) is not None]
             if submissions and len(found) == len(ids):

@@ -7,24 +7,39 @@ written anew in the form that the step reads. What is no such answer is an `Unus
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from recallq_worker.backends.failures import CutOffAnswer, UnusableAnswer
 
-# Models like to set such words in bold, and to add something at the end.
-_COLON = r"[ *]{0,4}[:：][ *]{0,4}"
-_JUDGED = re.compile(rf"(?:结果|Result){_COLON}<(\d{{1,9}})> {{0,3}}<([0-3])>", re.IGNORECASE)
-_OBSERVED = re.compile(rf"(信息|Information){_COLON}<(\d{{1,9}})> {{0,3}}(<.*)$", re.IGNORECASE)
-_FIELDS = re.compile(r"<([^<>]*)> {0,3}<(.*)> {0,3}<([^<>]*)>[^<>]*")
-_NOTHING = frozenset({"none", "nothing", "n/a", "no information", "无", "没有"})
+# Models like to set words in bold or as code, and to take their own kind of brackets.
+_DRESS = r"[\s*`_]{0,9}"
+_WIDE = str.maketrans("＜＞〈〉", "<><>")
+_JUDGED = re.compile(
+    rf"(?:结果|Results?){_DRESS}[:：]{_DRESS}<\s?(\d{{1,9}})\s?>[\s,，]{{0,3}}<[^<>\d]{{0,20}}([0-3])\s?>",
+    re.IGNORECASE,
+)
+_OBSERVED = re.compile(rf"(?:信息|Information){_DRESS}[:：]{_DRESS}(?=[<\w\"“'])", re.IGNORECASE)
+_THOUGHT_FOLLOWS = re.compile(
+    r"(?:\n|(?<=>))[\s*`_#>-]{0,9}(?:\d{1,3}[.、]\s?)?(?:Thought|思考)[*`_\s]{0,9}[:：]",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"<\s?(\d{1,9})\s?>\s{0,3}(.*)", re.DOTALL)
+_FIELDS = re.compile(r"<([^<>]*)>\s{0,3}<([^<>]+)>\s{0,3}<([^<>]*)>")
+_FIELDS_WITH_BRACKETS = re.compile(r"<([^<>]*)> {0,3}<(.*)> {0,3}<([^<>]*)>")
+_FIELD = re.compile(r"<([^<>]*)>")
+_NOTHING = frozenset({"", "none", "nothing", "n/a", "no information", "无", "没有"})
+_AROUND = " \t\r\n.。,，;；!`*_<>\"'“”"
 _BRACKETS = str.maketrans("<>", "‹›")
 _THINK, _THOUGHT = "<think>", "</think>"
-_FENCE, _FENCE_JSON = "```", "```json"
+_FENCE = re.compile(r"```[ \t]*(?:json)?\s*", re.IGNORECASE)
+_OPENING = re.compile(r"[\[{]")
+_JSON = json.JSONDecoder(strict=False)
 
 
 def without_thoughts(answer: str) -> str:
@@ -47,10 +62,10 @@ def in_form(callback: Callable[[Any], Any], answer: str) -> str:
             times = step == "GetObservationWithTimeOp"
             return _observations(answer, _messages(callback, "filtered_messages"), times=times)
         case "SuccessExtractionOp" | "FailureExtractionOp" | "ComparativeExtractionOp":
-            return _fenced(_experiences(_json_in(answer)))
+            return _fenced(_experiences(_blocks(answer)))
         case "MemoryValidationOp":
             # Without a fence, the step would take whatever is said for a yes.
-            return _fenced(_validation(_json_in(answer)))
+            return _fenced(_validation(_blocks(answer)[0]))
         case _:
             return answer
 
@@ -62,9 +77,8 @@ def _messages(callback: Callable[[Any], Any], variable: str) -> int:
 
 def _judgments(answer: str, messages: int) -> str:
     verdicts: dict[int, str] = {}
-    for line in answer.splitlines():
-        for index, score in _JUDGED.findall(line):
-            verdicts[int(index)] = score  # the last word counts
+    for index, score in _JUDGED.findall(answer.translate(_WIDE)):
+        verdicts[int(index)] = score  # the last word counts
     if not verdicts:
         raise UnusableAnswer("the answer judges no message")
     missing = [index for index in range(1, messages + 1) if index not in verdicts]
@@ -76,49 +90,78 @@ def _judgments(answer: str, messages: int) -> str:
 
 
 def _observations(answer: str, messages: int, *, times: bool) -> str:
+    _, *parts = _OBSERVED.split(answer.translate(_WIDE))
     found: dict[str, None] = {}
-    for line in answer.splitlines():
-        observed = _OBSERVED.search(line.strip())
-        if observed is None:
-            continue
-        fields = _FIELDS.fullmatch(observed[3].strip())
-        index = int(observed[2])
-        if fields is None or not 1 <= index <= messages:
-            raise UnusableAnswer("the answer holds an observation that cannot be read")
-        at, fact, keywords = (each.strip() for each in fields.groups())
-        fact = fact.translate(_BRACKETS)
-        if at and not times:  # the step wants none
-            fact, at = f"{fact} ({at})", ""
-        found[f"Information: <{index}> <{at}> <{fact}> <{keywords}>"] = None
-    if not found and answer.strip(" \n.。!<>").lower() not in _NOTHING:
+    for part in parts:
+        line = _observation(_THOUGHT_FOLLOWS.split(part, maxsplit=1)[0].strip(), messages, times)
+        if line is not None:
+            found[line] = None
+    if not parts and not _is_nothing(answer.strip().rpartition("\n")[2]):
         raise UnusableAnswer("the answer is no list of observations")
-    return "\n".join(found) or answer
+    return "\n".join(found) or "None"
 
 
-def _json_in(answer: str) -> Any:
-    """The JSON of an answer that is nothing else, or that has it in a fence: what is in the fence
-    may hold fences."""
-    candidates = [answer]
-    start = answer.find(_FENCE_JSON)
-    if start >= 0:
-        rest = answer[start + len(_FENCE_JSON) :]
-        candidates += [rest[: rest.rfind(_FENCE)], rest[: rest.find(_FENCE)]]
-    for candidate in candidates:
-        try:
-            return json.loads(candidate)
-        except (ValueError, RecursionError):
-            continue
-    raise UnusableAnswer("the answer is not JSON")
+def _observation(said: str, messages: int, times: bool) -> str | None:
+    """An observation as the step reads it: with no brackets inside a field, and with a time just
+    where it wants one. None for one that says that there is nothing."""
+    numbered = _NUMBER.match(said)
+    rest = numbered[2] if numbered is not None else said
+    line = rest.partition("\n")[0].strip(" *`_.。,，;；")
+    whole = line.count("<") == line.count(">")
+    if whole and all(map(_is_nothing, _FIELD.findall(line) or [line])):
+        return None
+    fields = _FIELDS.match(rest) or _FIELDS_WITH_BRACKETS.fullmatch(line)
+    if numbered is None or fields is None or not 1 <= int(numbered[1]) <= messages:
+        raise UnusableAnswer("the answer holds an observation that cannot be read")
+    at, fact, keywords = (" ".join(each.split()) for each in fields.groups())
+    if _is_nothing(fact):
+        return None
+    fact, at = fact.translate(_BRACKETS), "" if _is_nothing(at) else at
+    if at and not times:
+        fact, at = f"{fact} ({at})", ""
+    return f"Information: <{int(numbered[1])}> <{at}> <{fact}> <{keywords}>"
+
+
+def _is_nothing(text: str) -> bool:
+    return text.strip(_AROUND).lower() in _NOTHING
+
+
+def _blocks(answer: str) -> list[Any]:
+    """The JSON of an answer that is nothing else, or that has it in fences, or somewhere."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return [_JSON.decode(answer)]
+    found: list[Any] = []
+    read_to = 0
+    for fence in _FENCE.finditer(answer):
+        if fence.start() < read_to:
+            continue  # it is in a string, or ends what was read
+        with contextlib.suppress(ValueError, RecursionError):
+            value, end = _JSON.raw_decode(answer, fence.end())
+            if isinstance(value, list | dict):
+                found.append(value)
+                read_to = max(answer.find("```", end) + 1, end)
+    if not found and (bracket := _OPENING.search(answer)) is not None:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(_JSON.raw_decode(answer, bracket.start())[0])
+    if not found:
+        raise UnusableAnswer("the answer is not JSON")
+    return found
 
 
 def _fenced(found: Any) -> str:
-    """JSON in the fence that steps look for, and no other in it."""
-    written = json.dumps(found).replace("`", "\\u0060")
-    return f"{_FENCE_JSON}\n{written}\n{_FENCE}"
+    """JSON in the fence that steps look for, and no other in it, nor half a character."""
+    written = json.dumps(found, ensure_ascii=False).replace("`", "\\u0060")
+    return f"```json\n{written.encode(errors='replace').decode()}\n```"
 
 
-def _experiences(found: Any) -> list[dict[str, Any]]:
-    experiences = found if isinstance(found, list) else [found]
+def _experiences(blocks: Sequence[Any]) -> list[dict[str, Any]]:
+    experiences: list[Any] = []
+    for block in blocks:
+        inner = [*block.values()] if isinstance(block, dict) else []
+        if len(inner) == 1 and isinstance(inner[0], list):
+            experiences += inner[0]
+        else:
+            experiences += block if isinstance(block, list) else [block]
     for each in experiences:
         condition = isinstance(each, dict) and (each.get("when_to_use") or each.get("condition"))
         text = isinstance(each, dict) and each.get("experience")
@@ -128,6 +171,8 @@ def _experiences(found: Any) -> list[dict[str, Any]]:
 
 
 def _validation(found: Any) -> dict[str, Any]:
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
     if not isinstance(found, dict):
         raise UnusableAnswer("the answer is no validation")
     valid, score = found.get("is_valid"), found.get("score")

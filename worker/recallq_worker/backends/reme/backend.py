@@ -37,7 +37,7 @@ from recallq_worker.backends.base import (
     Superseded,
     together,
 )
-from recallq_worker.backends.failures import CutOffAnswer, as_job_error
+from recallq_worker.backends.failures import CutOffAnswer, UnusableAnswer, as_job_error
 from recallq_worker.backends.reme import shapes
 from recallq_worker.backends.reme.loading import import_reme
 from recallq_worker.backends.reme.settings import Models, RemeSettings
@@ -130,7 +130,8 @@ class RemeBackend:
                 else:
                     made = await library.as_they_are(submissions)
             except* Exception as errors:  # noqa: BLE001  # one of them is raised
-                raise _first(errors, together=len(submissions) > 1) from None
+                apart = UnusableAnswer if self.kind == "task" else CutOffAnswer
+                raise _first(errors, apart if len(submissions) > 1 else None) from None
         if not made.nodes and not made.deleted:
             return made.extracted
         await journal(made.intent)
@@ -228,13 +229,16 @@ def _told(doing: str) -> Iterator[None]:
         raise told from error
 
 
-def _first(errors: BaseExceptionGroup[Exception], *, together: bool) -> Exception:
-    """What to raise for what went wrong in extractions side by side. One that asked for too much
-    `together` is not to be tried so again: perhaps one at a time is not too much."""
+def _first(errors: BaseExceptionGroup[Exception], apart: type[UnusableAnswer] | None) -> Exception:
+    """What to raise for what went wrong in extractions side by side.
+
+    After an answer that is an `apart`, they are not to be tried together again: it was asked for
+    too much, perhaps, or one of them always has such an answer, and the others' are paid for.
+    """
     found: BaseException = errors
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
-    if together and isinstance(found.__cause__, CutOffAnswer):
+    if apart is not None and isinstance(found.__cause__, apart):
         return BackendError(str(found))
     return found if isinstance(found, Exception) else InternalError(type(found).__name__)
 

@@ -34,6 +34,7 @@ _CHUNK = 200
 _PAGE = 1000
 _MOST_FOUND = 10_000
 """What Elasticsearch finds at once, at most."""
+_FAREWELL = 3.0
 _PATIENCE = 30.0
 """Seconds that a call may take: not all of these clients would give up by themselves."""
 
@@ -83,7 +84,8 @@ class ForeignStorage(RedisStorage):
         await super().close()
         if foreign is not None:
             try:
-                await foreign.async_close()
+                async with asyncio.timeout(_FAREWELL):
+                    await foreign.async_close()
             finally:
                 await asyncio.to_thread(foreign.close)
 
@@ -192,7 +194,7 @@ class ForeignStorage(RedisStorage):
             if self._turn is None:
                 async with asyncio.timeout(_PATIENCE):
                     return await call()
-            async with self._turn, asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_PATIENCE), self._turn:
                 return await self._reconnecting(call)
         except JobError:
             raise
@@ -206,14 +208,20 @@ class ForeignStorage(RedisStorage):
             return await call()
         except BaseException as error:
             # It may be closed for ever, or in the middle of something.
-            await self._foreign.async_close()
+            self._drop_connection()
             if not isinstance(as_job_error(error, ""), BackendUnavailable):
                 raise
         try:
             return await call()
         except BaseException:
-            await self._foreign.async_close()
+            self._drop_connection()
             raise
+
+    def _drop_connection(self) -> None:
+        # Closing it would wait for an answer, without end.
+        connection, self._foreign._async_conn = self._foreign._async_conn, None  # noqa: SLF001
+        if connection is not None:
+            connection.terminate()
 
 
 class _Reads:

@@ -8,7 +8,8 @@ work. Embeddings go through the process's batcher, with those of all other users
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import codecs
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import openai
@@ -24,6 +25,10 @@ from recallq_worker.backends.reme.answers import in_form, without_thoughts
 from recallq_worker.backends.reme.drafts import current
 from recallq_worker.embedding import EmbeddingBatcher
 from recallq_worker.embedding.texts import beginning
+
+_DONE = "done"
+_BROKEN_OFF = frozenset({"length", "model_length", "max_tokens", "error", "abort"})
+"""Why an answer ended that has not come to its end. Servers have many names for the other case."""
 
 
 class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
@@ -89,16 +94,21 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
         }
         parts: list[str] = []
         ended: str | None = None
+        events = False
         create = self._client().chat.completions.with_streaming_response.create
         try:
             async with (
                 self._turns,
                 create(model=body["model"], messages=[], stream=True, extra_body=body) as answer,
             ):
-                async for line in answer.iter_lines():
+                async for line in _lines(answer.iter_bytes()):
                     name, _, data = line.partition(":")
-                    if name != "data" or data.strip() in ("", "[DONE]"):
+                    if name != "data" or not data.strip():
                         continue
+                    events = True
+                    if data.strip() == "[DONE]":
+                        ended = ended or _DONE
+                        break  # whether or not the server hangs up
                     said, finished = _chunk(data)
                     parts.append(said)
                     ended = finished or ended
@@ -108,14 +118,27 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
             if isinstance(error, openai.APIConnectionError):
                 raise
             raise BackendUnavailable(f"{self.doing}: it broke off its answer") from None
+        if not events:
+            raise UnusableAnswer("the answer is no stream")
         if ended == "content_filter":
             raise BackendError(f"{self.doing}: its provider withholds the answer")
-        if ended != "stop":
+        if ended is None or ended in _BROKEN_OFF:
             raise CutOffAnswer("the answer was cut off")
         text = without_thoughts("".join(parts))
         if not text.strip():
             raise UnusableAnswer("the answer is empty")
         return text
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The lines of an event stream, which end as its standard says, and not where other characters
+    within a text may end one."""
+    decoder, rest = codecs.getincrementaldecoder("utf-8-sig")("replace"), ""
+    async for chunk in chunks:
+        *lines, rest = (rest + decoder.decode(chunk)).split("\n")
+        for line in lines:
+            yield line.rstrip("\r")
+    yield rest
 
 
 def _chunk(data: str) -> tuple[str, str | None]:
