@@ -17,10 +17,14 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 _SECONDS = 30.0
 _SETTINGS = {
@@ -114,6 +118,23 @@ class PostgresServer:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @contextmanager
+    def frozen_connections(self) -> Iterator[None]:
+        """Whoever is connected gets no answer, and does not hear why; new connections do."""
+        assert self._process is not None
+        serving = [
+            each
+            for each in psutil.Process(self._process.pid).children()
+            if "127.0.0.1(" in " ".join(each.cmdline())
+        ]
+        for each in serving:
+            each.suspend()
+        try:
+            yield
+        finally:
+            for each in serving:
+                each.resume()
 
     # --- what tests ask -------------------------------------------------------------------------
 

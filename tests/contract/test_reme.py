@@ -192,6 +192,22 @@ class TestOnPgvector(OnAStoreOfReMes):
                 for n in range(16):
                     assert await texts(backend, f"u{n}") == [f"fact {n} is new"] * 2
 
+    async def test_a_connection_that_says_nothing_is_left(
+        self, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Closing it would wait for an answer as well, and everybody else with it."""
+        monkeypatch.setattr("recallq_worker.backends.reme.foreign._PATIENCE", 1.0)
+        scope = Scope("default", "ann")
+        with reme_server() as server, self.store() as store:
+            given = {"vector_store": {"default": store}}
+            async with opened(reme(RemePersonal, server, redis_url, namespace, given)) as backend:
+                await backend.extract([submission("ann", "tea is green")], Notes())
+                with self.postgres.frozen_connections():
+                    with pytest.raises(BackendUnavailable, match="asking pgvector"):
+                        await backend.search(scope, "tea", top_k=3, score_threshold=None)
+                    (hit,) = await backend.search(scope, "tea", top_k=3, score_threshold=None)
+                    assert hit.record.message["content"] == "tea is green"
+
     async def test_an_outage_is_over_when_it_is_over(self, redis_url: str, namespace: str) -> None:
         with reme_server() as server, self.store() as store:
             given = {"vector_store": {"default": store}}
