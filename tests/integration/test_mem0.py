@@ -270,7 +270,7 @@ class TestWorkersThatEnd:
         worker = await asyncio.to_thread(start_mem0, slow_patience=0.5)
         server.hang(CHAT, 100, times=1)
         handle = await client.submit_add("ann", "tea")
-        await state(handle, JobState.RUNNING)
+        await asyncio.to_thread(server.wait_for_request, CHAT)
         worker.signal(signal.SIGTERM)
         await asyncio.to_thread(worker.wait)
         await asyncio.to_thread(start_mem0)

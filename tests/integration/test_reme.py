@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recallq import BackendError, BackendUnavailable, JobHandle, JobState, MemoryClient, Message
+from recallq import BackendError, BackendUnavailable, JobHandle, MemoryClient, Message
 from tests.conftest import no_blocking
 from tests.loopback.openai_api import OpenAIServer
 from tests.loopback.reme_prompts import ReMeAnswers
@@ -71,13 +71,6 @@ async def client(redis_url: str, namespace: str) -> AsyncIterator[MemoryClient]:
 async def texts(client: MemoryClient, user: str, session: str | None = None) -> list[str]:
     filters = {"page_size": 1000} | ({"session_id": session} if session else {})
     return [each.text for each in await client.list_memory(user, filters)]
-
-
-async def state(handle: JobHandle, wanted: JobState) -> None:
-    async def reached() -> bool:
-        return await handle.status() is wanted
-
-    await eventually(reached)
 
 
 @both_kinds
@@ -280,7 +273,7 @@ class TestWorkersThatEnd:
         worker = await asyncio.to_thread(start_reme, slow_patience=0.5)
         server.hang(CHAT, 100, times=1)
         handle = await client.submit_add("ann", "tea is green")
-        await state(handle, JobState.RUNNING)
+        await asyncio.to_thread(server.wait_for_request, CHAT)
         worker.signal(signal.SIGTERM)
         await asyncio.to_thread(worker.wait)
         await asyncio.to_thread(start_reme)

@@ -584,7 +584,7 @@ class TestOnce:
         """By the time it goes on, somebody else has done its work."""
         victim = await asyncio.to_thread(start_worker, backend=EXTRACTOR)
         handle = await client.submit_add("ann", "until released once")
-        await state(handle, JobState.RUNNING)
+        await begun(client, 1)
         victim.signal(signal.SIGSTOP)
         try:
             await asyncio.to_thread(start_worker, backend=EXTRACTOR)
@@ -646,7 +646,7 @@ class TestOnce:
         options = {"backend": EXTRACTOR, "slow_patience": patience}
         victim = await asyncio.to_thread(lambda: start_worker(**options))
         handle = await client.submit_add("ann", "until released")
-        await state(handle, JobState.RUNNING)
+        await begun(client, 1)
         await asyncio.to_thread(lambda: start_worker(**options))
         victim.signal(signal.SIGTERM)
         if calls == 1:
@@ -702,7 +702,7 @@ class TestHandles:
         self, client: MemoryClient, worker: Worker
     ) -> None:
         handle = await client.submit_add("ann", "until released fail 9 times, wait 1")
-        await state(handle, JobState.RUNNING)
+        await begun(client, 1)
         await handle.cancel()
         await release(client)
         with pytest.raises(JobCancelled):

@@ -40,11 +40,11 @@ def open_client(
         raise MissingExtra(wanted_by, extra) from None
     key = api_key.get_secret_value()
     headers: dict[str, Any] = {}
-    if not own_environment:
-        for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n"):
-            name, colon, _ = line.partition(":")
-            if colon and name.strip().lower() != "authorization":
-                headers[name.strip()] = sdk.Omit()
+    for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n"):
+        name, colon, _ = line.partition(":")
+        # The key is not theirs to change, in whatever case they write its name.
+        if colon and (not own_environment or name.strip().lower() == "authorization"):
+            headers[name.strip()] = sdk.Omit()
     limits = type(sdk.DEFAULT_CONNECTION_LIMITS)(
         max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE
     )
@@ -53,7 +53,7 @@ def open_client(
         base_url=base_url,
         max_retries=0,
         timeout=timeout,
-        default_headers={"Authorization": f"Bearer {key}", **headers},
+        default_headers={**headers, "Authorization": f"Bearer {key}"},
         http_client=sdk.DefaultAsyncHttpxClient(limits=limits),
     )
     if not own_environment:
