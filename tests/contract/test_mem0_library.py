@@ -114,6 +114,22 @@ class TestOnAVectorStoreOfMem0s(ExtractorConformance):
                 yield backend
 
 
+async def test_vectors_of_two_sizes_are_not_mixed(
+    server: OpenAIServer, redis_url: str, namespace: str, user: str
+) -> None:
+    async with opened(library(server, redis_url, namespace)) as mem0:
+        await mem0.extract([submission(user, "tea")], Notes())
+        given = {"embedder": {"provider": "openai", "config": {
+            "embedding_dims": 2 * DIMENSIONS, "model": "text-embedding-3-small",
+            "openai_base_url": server.base_url, "api_key": server.api_key,
+        }}}  # fmt: skip
+        with pytest.raises(ConfigurationError, match=f"have vectors of {DIMENSIONS} dimensions"):
+            async with opened(library(server, redis_url, namespace, given)):
+                pass
+        hits = await mem0.search(Scope("default", user), "tea", top_k=3, score_threshold=None)
+        assert len(hits) == 1
+
+
 class TestWhatGoesWrong:
     @pytest.mark.parametrize("path", [CHAT, EMBEDDINGS])
     @pytest.mark.parametrize("status", [429, 500, 502, 503, 529, 408])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from recallq_worker.backends.failures import CutOffAnswer, UnusableAnswer
 from recallq_worker.backends.reme.answers import in_form, without_thoughts
@@ -231,3 +235,37 @@ def test_thoughts_are_not_the_answer() -> None:
     )
     assert without_thoughts("\n<think>and so on") == ""
     assert without_thoughts("I <think> so</think>") == "I <think> so</think>"
+
+
+PROMPTS = {
+    "info_filter": "InfoFilterOp",
+    "get_observation": "GetObservationOp",
+    "get_observation_with_time": "GetObservationWithTimeOp",
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_what_the_prompts_themselves_show_is_read(name: str) -> None:
+    """Each answer that ReMe's prompts give as an example, in both languages."""
+    library = find_spec("reme_ai")
+    assert library is not None
+    assert library.origin is not None
+    place = Path(library.origin).parent / "summary" / "personal" / f"{name}_prompt.yaml"
+    prompts = yaml.safe_load(place.read_text(encoding="utf-8"))
+    examples = [
+        example
+        for prompt, text in prompts.items()
+        if "few_shot" in prompt
+        for example in re.split(r"(?:示例|Example) ?\d+", text)[1:]
+    ]
+    assert len(examples) >= 6
+    for example in examples:
+        begins = re.search(r"^(思考|Thought|结果|Result)", example, re.MULTILINE)
+        assert begins is not None
+        asked, answer = example[: begins.start()], example[begins.start() :]
+        messages = max(int(number) for number in re.findall(r"^(\d+) ", asked, re.MULTILINE))
+        found = in_form(callback(PROMPTS[name], messages), answer)
+        if name == "info_filter":
+            assert found.count("Result:") == messages
+        else:
+            assert "Information: <" in found
