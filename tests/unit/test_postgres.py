@@ -202,12 +202,12 @@ async def test_the_index_hides_what_a_filter_wants(server: PostgresServer, store
     index_only = "?options=-c%20enable_seqscan%3Doff%20-c%20enable_bitmapscan%3Doff"
     rare = {"recallq_session": "rare"}
     async with vector_store("pgvector", connection_string=server.url + index_only) as usual:
-        found = await usual.async_search("tea w1", "w", top_k=10, filter_dict=rare)
-        assert len(found) < 10
+        few = await usual.async_search("tea w1", "w", top_k=10, filter_dict=rare)
+        assert len(few) < 10
     iterative = f"{index_only}%20-c%20hnsw.iterative_scan%3Dstrict_order"
     async with vector_store("pgvector", connection_string=server.url + iterative) as patient:
         found = await patient.async_search("tea w1", "w", top_k=10, filter_dict=rare)
-        assert len(found) == 10
+        assert len(found) > len(few)  # an index of this kind promises no more
 
 
 async def test_who_comes_first_may_be_refused(server: PostgresServer) -> None:
