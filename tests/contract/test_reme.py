@@ -174,6 +174,23 @@ class TestOnPgvector(OnAStoreOfReMes):
     def store(self) -> Iterator[dict[str, Any]]:
         yield {"backend": "pgvector", "params": {"connection_string": self.postgres.url}}
 
+    async def test_its_vectors_have_dimensions_of_their_own(
+        self, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Which are noted in Redis, where its rows have none."""
+        with reme_server() as server, self.store() as store:
+            given = {"vector_store": {"default": store}}
+            async with opened(reme(RemePersonal, server, redis_url, namespace, given)) as backend:
+                await backend.extract([submission("ann", "tea is green")], Notes())
+            async with redis_at(redis_url) as redis:
+                await redis.delete(f"{namespace}:reme_personal:vectors")  # as an eviction would
+            async with opened(reme(RemePersonal, server, redis_url, namespace, given)) as backend:
+                assert await texts(backend, "ann") == ["tea is green"]
+            monkeypatch.setenv("RECALLQ_EMBEDDING_DIMENSIONS", "512")
+            with pytest.raises(ConfigurationError, match="have vectors of 256 dimensions"):
+                async with opened(reme(RemePersonal, server, redis_url, namespace, given)):
+                    pass
+
     async def test_flows_take_turns_with_everybody_else(
         self, redis_url: str, namespace: str
     ) -> None:

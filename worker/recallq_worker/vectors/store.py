@@ -121,7 +121,8 @@ class RedisVectors:
             self._redis.ping()
 
     def claim(self, dimensions: int, model: str) -> None:
-        """Notes which model's vectors are kept; called before any are.
+        """Notes which model's vectors are kept; called before any are. They may be kept elsewhere,
+        where this collection has other `dimensions` of its own.
 
         Vectors of other dimensions cannot be compared, and those of another model mean nothing to
         each other. Raises `ConfigurationError` if the former are there; of the latter the log
@@ -136,7 +137,10 @@ class RedisVectors:
                 )
             return
         there = self._stored_dimensions()
-        if there in (None, dimensions):  # only a worker that stored nothing was of another mind
+        if there == self.dimensions != dimensions and not new:
+            there = int(before)  # those elsewhere are as was said first
+        # Else only a worker that stored nothing was of another mind.
+        if there in (None, dimensions, self.dimensions):
             with asking(self._url):
                 self._redis.hset(key, mapping={"dimensions": str(dimensions), "model": model})
             return

@@ -122,7 +122,7 @@ class RemeBackend:
         return tokens(submission) + self.prompt_tokens
 
     async def extract(self, submissions: Sequence[Submission], journal: Journal) -> list[Extracted]:
-        library, scope = self._running, submissions[0].scope
+        library = self._running
         with _told("extracting memories with ReMe"):
             try:
                 if self.infers(submissions[-1]):
@@ -137,7 +137,7 @@ class RemeBackend:
         await journal(made.intent)
         # From here on something is written: whoever is to stop waits until it has been.
         with _told("storing memories"):
-            stored = await to_its_end(library.store(scope, made))
+            stored = await to_its_end(library.store(made))
         return made.extracted if stored else together([], len(submissions))
 
     async def recover(

@@ -279,7 +279,7 @@ class Library:
         await self._embedding.async_get_node_embeddings(nodes)
         return Made(self.owner(submissions[0].scope), nodes, extracted, repeatable=True)
 
-    async def store(self, scope: Scope, made: Made) -> bool:
+    async def store(self, made: Made) -> bool:
         """Stores memories; False if a deletion has passed meanwhile. Repeating it after a failure
         changes nothing that was stored."""
         rows = [row_of(node) for node in made.nodes]
