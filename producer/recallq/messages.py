@@ -273,6 +273,8 @@ def message_text(message: Mapping[str, Any]) -> str:
     pieces: list[str] = []
     for field in _MESSAGE_FIELDS:
         value = message.get(field)
+        if value is None:
+            continue
         if isinstance(value, str):
             pieces.append(value)
         elif isinstance(value, list):

@@ -6,7 +6,6 @@ from a memory of its own.
 
 from __future__ import annotations
 
-import asyncio
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,9 @@ from typing import ClassVar, Self
 
 from recallq.contract import Health, Scope
 from recallq_worker.backends.base import Added, Hit, Record
-from recallq_worker.ranking import Ranking, chunks
+from recallq_worker.search.finder import Wanted, find
+from recallq_worker.search.in_memory import MemoryIndex
 from recallq_worker.settings import WorkerSettings
-
-_SEARCH_CHUNK = 500
 
 _Place = tuple[int, str]
 """(order key, record id): where a record stands among the others."""
@@ -30,6 +28,7 @@ class _User:
     sessions: dict[str, list[_Place]] = field(default_factory=dict)
     fence: int = 0
     session_fences: dict[str, int] = field(default_factory=dict)
+    index: MemoryIndex = field(default_factory=MemoryIndex)
 
     def places(self, session_id: str | None) -> list[_Place]:
         if session_id is None:
@@ -48,6 +47,7 @@ class _User:
             del self.sessions[session_id]
         for _, record_id in gone:
             del self.records[record_id]
+        self.index.remove(session_id, {record_id for _, record_id in gone})
 
 
 class InMemoryStore:
@@ -89,6 +89,7 @@ class InMemoryStore:
         insort(user.everything, place)
         session = user.sessions.setdefault(session_id, [])
         insort(session, place)
+        user.index.add(record)
         if self._max_messages is not None and len(session) > self._max_messages:
             user.remove(session_id, set(session[: -self._max_messages]))
         return Added.NEW
@@ -96,13 +97,9 @@ class InMemoryStore:
     async def search(
         self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
     ) -> list[Hit]:
-        ranking = Ranking(query, top_k=top_k, score_threshold=score_threshold)
         user = self._users.get((scope.tenant, scope.user_id), _User())
-        candidates = [user.records[record_id] for _, record_id in user.places(scope.session_id)]
-        for portion in chunks(candidates, _SEARCH_CHUNK):
-            ranking.consider(portion)
-            await asyncio.sleep(0)
-        return ranking.best()
+        reader = user.index.reader(user.records.get)
+        return await find(reader, Wanted(query, scope.session_id, top_k, score_threshold))
 
     async def list(self, scope: Scope, *, offset: int, limit: int) -> list[Record]:
         user = self._users.get((scope.tenant, scope.user_id), _User())
@@ -134,6 +131,7 @@ class InMemoryStore:
             if gone:
                 user.remove(session_id, gone)
                 removed += len(gone)
+        user.index.clean()
         return removed
 
     async def health(self) -> Health:

@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar, cast
 
-import orjson
 from redis import exceptions
 
 from recallq.contract import Health, Scope
@@ -34,7 +33,13 @@ from recallq.redis_client import (
 )
 from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.redis import scripts
-from recallq_worker.ranking import Ranking
+from recallq_worker.backends.redis.index import IndexKeys, RedisIndex
+from recallq_worker.backends.redis.reader import RedisReader, StaleIndex
+from recallq_worker.backends.redis.remembered import Remembered
+from recallq_worker.backends.redis.values import to_record, to_value
+from recallq_worker.search.entries import VERSION, DamagedIndex, encode_entry
+from recallq_worker.search.finder import Moved, Wanted, find
+from recallq_worker.search.terms import analyze
 from recallq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -42,7 +47,8 @@ log = logging.getLogger(__name__)
 _FENCES_LIVE_MS = 30 * 24 * 3600 * 1000
 """How long a fence outlives its delete: longer than any add may lie in a queue."""
 _DELETE_CHUNK = 1000
-_SEARCH_CHUNK = 500
+_SEARCHES = 5
+"""How often an index may change its shape under a search."""
 
 _ADDED = {"n": Added.NEW, "k": Added.KNOWN, "f": Added.FENCED}
 """What the script says of each record."""
@@ -97,10 +103,19 @@ class RedisStore:
         self._page = self._redis.register_script(scripts.PAGE)
         self._fence = self._redis.register_script(scripts.FENCE)
         self._delete = self._redis.register_script(scripts.DELETE)
+        self._look_up = self._redis.register_script(scripts.LOOK_UP)
+        self._read_places = self._redis.register_script(scripts.READ)
         self._add = self._redis.register_script(scripts.ADD)
+        self._remembered = Remembered()
+        self._index = RedisIndex(
+            self._redis, self._asking, ttl=self._ttl, remembered=self._remembered
+        )
         await self._asking(self._redis.script_load(scripts.ADD))
 
     async def stop(self) -> None:
+        index = getattr(self, "_index", None)
+        if index is not None:
+            await index.stop()
         redis = getattr(self, "_redis", None)
         if redis is not None:
             await redis.aclose(close_connection_pool=True)
@@ -118,33 +133,51 @@ class RedisStore:
         calls = [self._add_call(tenant, user_id, user) for (tenant, user_id), user in users.items()]
         replies = await self._asking(self._add_all(calls))
         stored = [Added.FENCED] * len(records)
-        for user, reply in zip(users.values(), replies, strict=True):
-            for position, flag in zip(user.positions, reply.decode(), strict=True):
+        for ((tenant, user_id), user), reply in zip(users.items(), replies, strict=True):
+            flags, entries, gone, indexed, fits = reply
+            for position, flag in zip(user.positions, flags.decode(), strict=True):
                 stored[position] = _ADDED[flag]
+            self._index.notice(
+                self._base(tenant, user_id),
+                entries=entries,
+                gone=gone,
+                indexed=indexed,
+                fits=bool(fits),
+            )
         return stored
 
     def _add_call(self, tenant: str, user_id: str, user: _UserAdd) -> tuple[list[str], list[Any]]:
         """Keys and arguments of the script that adds one user's records."""
         base = self._base(tenant, user_id)
         suffixes = {session: escape(session) for session in user.sessions}
-        keys = [f"{base}:r", f"{base}:o", f"{base}:x", f"{base}:f"]
+        own = IndexKeys(base)
+        keys = [own.records, own.order, f"{base}:x", f"{base}:f", *own.own]
         keys += [f"{base}:s:{suffix}" for suffix in suffixes.values()]
         args: list[Any] = [
             (self._ttl or 0) * 1000,
             self._max_messages or 0,
             self._cutoff(),
             f"{base}:s:",
+            own.segments,
+            VERSION,
             len(suffixes),
         ]
         for session, suffix in suffixes.items():
             args += [session, suffix]
         for record in user.records:
             session = record.scope.session_id or ""
-            value = orjson.dumps([record.epoch, record.order, session, record.message])
-            args += [user.sessions[session], record.record_id, record.order, record.epoch, value]
+            args += [user.sessions[session], record.record_id, record.order, record.epoch]
+            args += [to_value(record), self._entry(base, record)]
         return keys, args
 
-    async def _add_all(self, calls: list[tuple[list[str], list[Any]]]) -> list[bytes]:
+    def _entry(self, base: str, record: Record) -> bytes:
+        """What a record is found by until it is in a segment."""
+        analysis = analyze(record.message)
+        record_id = record.record_id.encode()
+        self._remembered.keep_text(base, record_id, analysis.text)
+        return encode_entry(record.scope.session_id or "", record.order, analysis.weights)
+
+    async def _add_all(self, calls: list[tuple[list[str], list[Any]]]) -> list[list[Any]]:
         """All users in one round trip."""
         for first_try in (True, False):
             pipe = self._redis.pipeline(transaction=False)
@@ -166,19 +199,32 @@ class RedisStore:
     async def search(
         self, scope: Scope, query: str, *, top_k: int, score_threshold: float | None
     ) -> list[Hit]:
-        ranking = Ranking(query, top_k=top_k, score_threshold=score_threshold)
-        offset, more = 0, True
-        while more:
-            records, more = await self._read(scope, offset, _SEARCH_CHUNK)
-            ranking.consider(records)
-            offset += _SEARCH_CHUNK
-        return ranking.best()
+        base = self._base(scope.tenant, scope.user_id)
+        wanted = Wanted(query, scope.session_id, top_k, score_threshold)
+        for _ in range(_SEARCHES):
+            reader = RedisReader(
+                self._redis,
+                self._asking,
+                self._look_up,
+                self._read_places,
+                self._index,
+                self._remembered,
+                base,
+                scope,
+                None if self._ttl is None else int(self._cutoff()),
+            )
+            try:
+                return await find(reader, wanted)
+            except Moved:
+                continue
+            except StaleIndex:
+                await self._index.rebuild(base)
+            except DamagedIndex as error:
+                log.warning("the search index of a user is damaged (%s); making it anew", error)
+                await self._index.rebuild(base, force=True)
+        raise BackendUnavailable("the search index changes too fast to be read")
 
     async def list(self, scope: Scope, *, offset: int, limit: int) -> list[Record]:
-        return [*(await self._read(scope, offset, limit))[0]]
-
-    async def _read(self, scope: Scope, offset: int, limit: int) -> tuple[Sequence[Record], bool]:
-        """A page of records, and whether there may be more behind it."""
         base = self._base(scope.tenant, scope.user_id)
         order = f"{base}:o"
         if scope.session_id is not None:
@@ -186,19 +232,10 @@ class RedisStore:
         ids, values = await self._asking(
             self._page(keys=[f"{base}:r", order], args=[self._cutoff(), offset, limit])
         )
-        records = []
-        for record_id, value in zip(ids, values, strict=True):
-            try:
-                epoch, at, session_id, message = orjson.loads(value)
-            except (TypeError, ValueError):
-                # Damaged by another hand. The user's other memories stay readable.
-                log.error(  # noqa: TRY400  # the traceback would quote what a user said
-                    "record %s of a user is damaged and left out", record_id.decode()
-                )
-                continue
-            owner = Scope(scope.tenant, scope.user_id, session_id)
-            records.append(Record(record_id.decode(), owner, at, epoch, message))
-        return records, len(ids) == limit
+        found = (
+            to_record(record_id, value, scope) for record_id, value in zip(ids, values, strict=True)
+        )
+        return [record for record in found if record is not None]
 
     # --- delete ---------------------------------------------------------------------------------
 
@@ -209,6 +246,11 @@ class RedisStore:
                 keys=[f"{base}:f"], args=[scope.session_id or "", before_epoch, _FENCES_LIVE_MS]
             )
         )
+        removed = await self._delete_records(base, scope, before_epoch)
+        await self._index.clean(base)
+        return removed
+
+    async def _delete_records(self, base: str, scope: Scope, before_epoch: int) -> int:
         if scope.session_id is not None:
             return await self._delete_session(base, scope.session_id, before_epoch)
         # The fence stands: no session can come to hold an older record any more.
@@ -226,14 +268,21 @@ class RedisStore:
 
     async def _delete_from(self, base: str, places: str, session_id: str, before_epoch: int) -> int:
         """Removes the old ones of the records in the sorted set `places`."""
-        keys = [f"{base}:r", f"{base}:o", f"{base}:x", places]
+        own = IndexKeys(base)
+        keys = [own.records, own.order, f"{base}:x", places, *own.own]
         removed = 0
         while True:
             offset = passed = 0
             while True:
-                looked_at, gone = await self._asking(
-                    self._delete(keys=keys, args=[session_id, before_epoch, offset, _DELETE_CHUNK])
-                )
+                args: list[Any] = [
+                    session_id,
+                    before_epoch,
+                    offset,
+                    _DELETE_CHUNK,
+                    own.segments,
+                    VERSION,
+                ]
+                looked_at, gone = await self._asking(self._delete(keys=keys, args=args))
                 passed += int(gone)
                 offset += looked_at - int(gone)
                 if looked_at < _DELETE_CHUNK:
@@ -242,6 +291,10 @@ class RedisStore:
             if passed == 0 or offset < _DELETE_CHUNK:
                 return removed
             # Others may have removed records meanwhile, and so moved some past our place.
+
+    async def settled(self) -> None:
+        """Returns once nothing is being done to the indexes here: for tests and benchmarks."""
+        await self._index.settled()
 
     # --- the rest -------------------------------------------------------------------------------
 

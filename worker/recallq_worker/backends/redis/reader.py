@@ -1,0 +1,128 @@
+"""Searches one user's index in Redis: one round trip for what is to be known of the query's terms,
+one for the records. Only who looks for a part of a word needs more."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from typing import Any, cast
+
+from redis.commands.core import AsyncScript
+
+from recallq.contract import Scope
+from recallq.redis_client import RedisClient
+from recallq_worker.backends.base import Record
+from recallq_worker.backends.redis.index import Asking, IndexKeys, RedisIndex, pairs
+from recallq_worker.backends.redis.remembered import Remembered
+from recallq_worker.backends.redis.values import to_record
+from recallq_worker.search.entries import VERSION, DamagedIndex
+from recallq_worker.search.finder import Moved, Snapshot
+from recallq_worker.search.scoring import EntriesPart, Part, Place, SegmentPart
+from recallq_worker.search.segments import IDS_TOGETHER, vocabulary_in
+
+
+class StaleIndex(Exception):
+    """The index is of another version, or of other messages than there are."""
+
+
+class RedisReader:
+    """A `recallq_worker.search.finder.Reader`, for one search."""
+
+    def __init__(
+        self,
+        redis: RedisClient,
+        asking: Asking,
+        look_up: AsyncScript,
+        read: AsyncScript,
+        index: RedisIndex,
+        remembered: Remembered,
+        base: str,
+        scope: Scope,
+        oldest: int | None,
+    ) -> None:
+        """`oldest` is the lowest order key of what has not expired."""
+        self._redis = redis
+        self._asking = asking
+        self._look_up = look_up
+        self._read = read
+        self._index = index
+        self._remembered = remembered
+        self._keys = IndexKeys(base)
+        self._scope = scope
+        self._oldest = oldest
+        self._segments: list[str] = []
+        self._entries: EntriesPart
+
+    async def look_up(self, terms: Sequence[int]) -> Snapshot:
+        """Raises `StaleIndex`, `DamagedIndex`."""
+        keys = self._keys
+        said = await self._asking(
+            self._look_up(
+                keys=[keys.own[0], keys.own[1], keys.order],
+                args=[keys.segments, VERSION, *dict.fromkeys(terms)],
+            )
+        )
+        if said is None:
+            return Snapshot([], 0)
+        if said == 0:
+            raise StaleIndex
+        total, entries, segments = said
+        self._entries = EntriesPart(dict(pairs(entries)))
+        parts: list[tuple[int, str, Part]] = []
+        for name, about, sessions, buckets in segments:
+            if sessions is None:
+                raise DamagedIndex("a segment is missing")
+            size, bits, last = map(int, about.split())
+            part = SegmentPart(size, bits, sessions, dict(pairs(buckets)))
+            parts.append((last, name.decode(), part))
+        parts.sort(key=lambda each: each[:2])
+        self._segments = [name for _, name, _ in parts]
+        return Snapshot([*(part for _, _, part in parts), self._entries], total)
+
+    async def vocabularies(self) -> Sequence[str]:
+        found: list[str] = []
+        for name in self._segments:
+            key = self._keys.segments + name
+            known = self._remembered.vocabulary_of(key)
+            if known is None:
+                value = await self._asking(
+                    cast("Awaitable[bytes | None]", self._redis.hget(key, "v"))
+                )
+                if value is None:
+                    continue  # it was merged into another meanwhile; so it is when it is read
+                known = vocabulary_in(value)
+                self._remembered.keep_vocabulary(key, known)
+            found.append(known)
+        return [*found, *await self._index.texts_of(self._keys, self._entries.ids)]
+
+    async def read(self, places: Sequence[Place]) -> Sequence[Record | None]:
+        direct: list[bytes] = []
+        blocks: list[Any] = []
+        order: list[tuple[bool, int]] = []
+        for place in places:
+            if place.part == len(self._segments):
+                order.append((True, len(direct)))
+                direct.append(self._entries.ids[place.number])
+            else:
+                order.append((False, len(blocks) // 3))
+                block, at = divmod(place.number, IDS_TOGETHER)
+                blocks += [self._segments[place.part], block, at]
+        said = await self._asking(
+            self._read(
+                keys=[self._keys.records],
+                args=[self._keys.segments, len(direct), *direct, *blocks],
+            )
+        )
+        if said is None:
+            raise Moved
+        ids, values = said
+        records: list[Record | None] = []
+        for is_direct, at in order:
+            place_in_reply = at if is_direct else len(direct) + at
+            value = values[place_in_reply]
+            record = None
+            if value is not None:
+                record = to_record(ids[place_in_reply], value, self._scope)
+            if record is not None and self._oldest is not None and record.order < self._oldest:
+                record = None  # has expired, and is yet to be swept out
+            records.append(record)
+        return records

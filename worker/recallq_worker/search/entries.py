@@ -1,0 +1,144 @@
+"""The terms of messages, and how those of a single message are kept: its *entry*.
+
+An entry is a head - version (u8, and a free one), number of terms (u16), order key (i64), digest of
+the session's id (u64) - and the terms (u32), each with its weight (u8). All numbers here and in
+segments are little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+VERSION = 1
+"""Of how indexes are kept, and of how texts become terms: one of another version is made anew."""
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_HEAD = struct.Struct("<BxHqQ")
+_HEADS = np.dtype(
+    [("version", "u1"), ("free", "u1"), ("count", "<u2"), ("order", "<i8"), ("session", "<u8")]
+)
+_POSTING = np.dtype([("term", "<u4"), ("weight", "u1")])
+
+
+class DamagedIndex(Exception):
+    """A part of an index is not what was written. It is made anew, from the records."""
+
+
+@lru_cache(maxsize=8192)
+def session_digest(session_id: str) -> int:
+    """What stands for a session in an index."""
+    digest = blake2b(session_id.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def encode_entry(session_id: str, order: int, weights: Mapping[int, int]) -> bytes:
+    """The entry of a message."""
+    count = len(weights)
+    postings = np.empty(count, dtype=_POSTING)
+    postings["term"] = np.fromiter(weights, "<u4", count)
+    postings["weight"] = np.fromiter(weights.values(), "u1", count)
+    return _HEAD.pack(VERSION, count, order, session_digest(session_id)) + postings.tobytes()
+
+
+@dataclass(slots=True)
+class Messages:
+    """The terms of any number of messages."""
+
+    ids: list[bytes]
+    """Of the records."""
+    sessions: Array
+    """u64, of each message: the digest of its session."""
+    orders: Array
+    """i64, of each message."""
+    terms: Array
+    """u32, of each posting."""
+    numbers: Array
+    """i64, of each posting: the message, by its place above."""
+    weights: Array
+    """u8, of each posting."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def of_entries(cls, entries: Mapping[bytes, bytes]) -> Messages:
+        """What entries say, which are under the ids of their records.
+
+        Raises `DamagedIndex`, also for entries of another version.
+        """
+        values = list(entries.values())
+        sizes = np.fromiter(map(len, values), np.int64, len(values))
+        if (sizes < _HEAD.size).any():
+            raise DamagedIndex("an entry")
+        heads = np.frombuffer(b"".join([value[: _HEAD.size] for value in values]), dtype=_HEADS)
+        counts = heads["count"].astype(np.int64)
+        fits = (heads["version"] == VERSION) & (sizes == _HEAD.size + _POSTING.itemsize * counts)
+        if not fits.all():
+            raise DamagedIndex("an entry, or it is of another version")
+        postings = np.frombuffer(b"".join([value[_HEAD.size :] for value in values]), _POSTING)
+        return cls(
+            ids=list(entries),
+            sessions=heads["session"].astype("<u8"),
+            orders=heads["order"].astype("<i8"),
+            terms=postings["term"].astype("<u4"),
+            numbers=np.repeat(np.arange(len(values)), counts),
+            weights=postings["weight"].astype("u1"),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Messages]) -> Messages:
+        """All of the parts; none of their messages is in two of them."""
+        bases = np.cumsum([0, *(len(part) for part in parts)])
+        return cls(
+            ids=[record_id for part in parts for record_id in part.ids],
+            sessions=np.concatenate([part.sessions for part in parts]),
+            orders=np.concatenate([part.orders for part in parts]),
+            terms=np.concatenate([part.terms for part in parts]),
+            numbers=np.concatenate(
+                [part.numbers + base for part, base in zip(parts, bases[:-1], strict=True)]
+            ),
+            weights=np.concatenate([part.weights for part in parts]),
+        )
+
+    def without(self, gone: set[bytes]) -> Messages:
+        """What is left when some are taken away."""
+        kept = np.array([record_id not in gone for record_id in self.ids], dtype=bool)
+        places = np.cumsum(kept) - 1
+        postings = kept[self.numbers]
+        return Messages(
+            ids=[record_id for record_id in self.ids if record_id not in gone],
+            sessions=self.sessions[kept],
+            orders=self.orders[kept],
+            terms=self.terms[postings],
+            numbers=places[self.numbers[postings]],
+            weights=self.weights[postings],
+        )
+
+    def places(self) -> Array:
+        """Of each message its place when those of a session stand together, in their order, and
+        sessions in the order of their first messages."""
+        keys: list[Array] = [self.orders]
+        if (self.sessions != self.sessions[:1]).any():
+            distinct, which = np.unique(self.sessions, return_inverse=True)
+            firsts = np.full(len(distinct), np.iinfo(np.int64).max)
+            np.minimum.at(firsts, which, self.orders)
+            keys += [which, firsts[which]]
+        if not np.diff(np.sort(self.orders)).all():
+            keys.insert(0, np.array(self.ids))  # those of one add are in the order of their ids
+        places = np.empty(len(self.ids), dtype=np.int64)
+        places[np.lexsort(keys)] = np.arange(len(self.ids))
+        return places
+
+
+def starts_of(sessions: Array) -> Array:
+    """Where sessions begin, among messages that stand in their places."""
+    return np.flatnonzero(np.diff(sessions, prepend=sessions[:1] + np.uint64(1)))

@@ -1,0 +1,131 @@
+"""One user's index in the memory of a process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+
+import orjson
+
+from recallq_worker.backends.base import Record
+from recallq_worker.search.entries import encode_entry, session_digest
+from recallq_worker.search.finder import Snapshot
+from recallq_worker.search.scoring import EntriesPart, Part, Place, SegmentPart
+from recallq_worker.search.segments import IDS_TOGETHER, Segment, sessions_in, vocabulary_in
+from recallq_worker.search.terms import analyze
+from recallq_worker.search.upkeep import compacted, is_due, to_merge
+
+_MOST_MERGED = 16_384
+"""Messages of a segment: making it holds up everything else in the process."""
+
+
+class MemoryIndex:
+    """What a user's messages are found by. No method waits for anything."""
+
+    def __init__(self) -> None:
+        self._entries: dict[bytes, bytes] = {}
+        self._texts: dict[bytes, str] = {}
+        """Of the messages that are entries."""
+        self._segments: dict[int, Segment] = {}
+        self._gone: dict[bytes, str] = {}
+        """Messages that segments still know, and their sessions."""
+        self._numbers = itertools.count(1)
+
+    def __len__(self) -> int:
+        """How many messages it knows."""
+        return len(self._entries) + self._indexed - len(self._gone)
+
+    @property
+    def _indexed(self) -> int:
+        return sum(segment.size for segment in self._segments.values())
+
+    def add(self, record: Record) -> None:
+        analysis = analyze(record.message)
+        record_id, session_id = record.record_id.encode(), record.scope.session_id or ""
+        self._entries[record_id] = encode_entry(session_id, record.order, analysis.weights)
+        self._texts[record_id] = analysis.text
+        self._tidy()
+
+    def remove(self, session_id: str, ids: Collection[str]) -> None:
+        """Forgets messages of a session. Until `clean`, segments may still know them."""
+        for record_id in ids:
+            key = record_id.encode()
+            if self._entries.pop(key, None) is None:
+                self._gone[key] = session_id
+            self._texts.pop(key, None)
+        self._tidy()
+
+    def clean(self) -> None:
+        """Takes what is gone out of the segments."""
+        digests = {session_digest(session) for session in self._gone.values()}
+        for key, segment in list(self._segments.items()):
+            _, sessions = sessions_in(segment.fields[b"s"])
+            if not digests.isdisjoint(sessions.tolist()):
+                left = compacted({}, [], [segment.fields], self._gone)
+                if left is None:
+                    del self._segments[key]
+                else:
+                    self._segments[key] = left
+        self._gone.clear()
+
+    def reader(self, record: Callable[[str], Record | None]) -> MemoryReader:
+        """For one search; `record` finds a record by its id."""
+        segments = sorted(self._segments.values(), key=lambda each: each.last)
+        texts = list(self._texts.values())
+        return MemoryReader(segments, EntriesPart(self._entries), texts, len(self), record)
+
+    def _tidy(self) -> None:
+        if not is_due(len(self._entries), len(self._gone), self._indexed):
+            return
+        if self._gone:
+            self.clean()
+        if not self._entries:
+            return
+        sizes = {key: segment.size for key, segment in self._segments.items()}
+        merged = [
+            self._segments.pop(key).fields
+            for key in to_merge(len(self._entries), sizes, _MOST_MERGED)
+        ]
+        made = compacted(self._entries, self._texts.values(), merged)
+        assert made is not None  # there are entries
+        self._segments[next(self._numbers)] = made
+        self._entries.clear()
+        self._texts.clear()
+
+
+class MemoryReader:
+    """A `recallq_worker.search.finder.Reader`."""
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        entries: EntriesPart,
+        texts: Sequence[str],
+        total: int,
+        record: Callable[[str], Record | None],
+    ) -> None:
+        self._segments = segments
+        self._entries = entries
+        self._texts = texts
+        self._total = total
+        self._record = record
+
+    async def look_up(self, terms: Sequence[int]) -> Snapshot:
+        parts: list[Part] = [
+            SegmentPart(each.size, each.bits, each.fields[b"s"], each.fields)
+            for each in self._segments
+        ]
+        return Snapshot([*parts, self._entries], self._total)
+
+    async def vocabularies(self) -> Sequence[str]:
+        return [*(vocabulary_in(each.fields[b"v"]) for each in self._segments), *self._texts]
+
+    async def read(self, places: Sequence[Place]) -> Sequence[Record | None]:
+        return [self._record(self._id_at(place)) for place in places]
+
+    def _id_at(self, place: Place) -> str:
+        if place.part == len(self._segments):
+            return str(self._entries.ids[place.number].decode())
+        block, at = divmod(place.number, IDS_TOGETHER)
+        ids: list[str] = orjson.loads(self._segments[place.part].fields[b"d%d" % block])
+        return ids[at]

@@ -1,0 +1,143 @@
+"""A text into tokens, in any script; a query is cut in the same way.
+
+A text is cut at white space into chunks. What comes of a chunk depends on nothing else, so it is
+remembered: people repeat their words.
+
+- A word is a run of letters and digits, with case, compatibility forms and Latin accents evened
+  out.
+- A chunk that holds more than a word - an order number, an address, a URL, a snake_case name - is a
+  token as a whole, besides its words. Apostrophes make no such whole.
+- Scripts that are written without spaces, or nearly so, are cut into pairs of neighbouring
+  characters; a lone one stands for itself.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+from zlib import crc32
+
+import regex
+
+from recallq_worker.search.english import STOP_WORDS, stem
+
+_UNSPACED = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\u3005\u30fc"
+)
+_RUN = regex.compile(f"[{_UNSPACED}]+")
+_WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+")
+_INSIDE = regex.compile(r"[\p{L}\p{M}\p{N}](?:.*[\p{L}\p{M}\p{N}])?", regex.DOTALL)
+"""A chunk without the punctuation around it."""
+_LATIN_ACCENTS = regex.compile(r"(?<=\p{Latin})\p{Mn}+")
+_APOSTROPHES = str.maketrans("\u2019\u02bc\uff07", "'''")
+
+_LONGEST_CHUNK = 2_000
+"""Characters; longer ones are encoded files rather than anything that is looked for as a whole."""
+_LONGEST_WHOLE = 200
+_LONGEST_REMEMBERED = 32
+"""Characters; longer ones hardly come again."""
+_MOST_REMEMBERED = 50_000
+
+
+class Kind(IntEnum):
+    """What sort of token it is."""
+
+    WORD = 0
+    STOP_WORD = 1
+    """Counts only in queries that have nothing else."""
+    WHOLE = 2
+    """A chunk as it stood, besides its words."""
+    PAIR = 3
+    """Of characters of a script without spaces; or a lone one."""
+
+
+class Token(NamedTuple):
+    text: str
+    """Folded, not stemmed: what a part of a word is looked for in."""
+    term: int
+    """What is indexed: 32 bits of what all forms of the word share."""
+    kind: Kind
+
+
+def fold(text: str) -> str:
+    """`text` with case and compatibility forms evened out."""
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+class Chunk(NamedTuple):
+    """What comes of what stands between spaces."""
+
+    terms: tuple[int, ...]
+    """Those of the tokens."""
+    length: int
+    """How many of the tokens count for the length of a text."""
+    words: tuple[str, ...]
+    """The texts of the tokens that a part of a word may be looked for in."""
+    tokens: tuple[Token, ...]
+
+
+class _Chunks(dict[str, Chunk]):
+    """Chunks that were cut before, as far as they are remembered."""
+
+    def __missing__(self, chunk: str) -> Chunk:
+        tokens = _tokens_of(chunk[:_LONGEST_CHUNK])
+        length = sum(token.kind is Kind.WORD or token.kind is Kind.PAIR for token in tokens)
+        words = tuple(token.text for token in tokens if token.kind is not Kind.STOP_WORD)
+        cut = Chunk(tuple(token.term for token in tokens), length, words, tokens)
+        if len(chunk) <= _LONGEST_REMEMBERED:
+            if len(self) >= _MOST_REMEMBERED:
+                self.clear()  # what people say often is soon known again
+            self[chunk] = cut
+        return cut
+
+
+chunks = _Chunks()
+"""What comes of a chunk of folded text, ``text.split()``."""
+
+
+def tokens(text: str) -> Iterator[Token]:
+    """The tokens of `text`, in order and each as often as it occurs."""
+    for chunk in fold(text).split():
+        yield from chunks[chunk].tokens
+
+
+def term_of(word: str) -> int:
+    """The term of a folded word."""
+    return crc32(stem(word).encode(errors="replace"))
+
+
+def _tokens_of(chunk: str) -> tuple[Token, ...]:
+    if chunk.isascii():
+        return tuple(_pieces(chunk))
+    chunk = _LATIN_ACCENTS.sub("", unicodedata.normalize("NFD", chunk))
+    chunk = unicodedata.normalize("NFC", chunk).translate(_APOSTROPHES)
+    found: list[Token] = []
+    end = 0
+    for run in _RUN.finditer(chunk):
+        found += _pieces(chunk[end : run.start()])
+        found += _pairs(run[0])
+        end = run.end()
+    return (*found, *_pieces(chunk[end:]))
+
+
+def _pieces(chunk: str) -> Iterator[Token]:
+    inside = _INSIDE.search(chunk)
+    if inside is None:
+        return
+    whole: str = inside[0]
+    words: list[str] = _WORD.findall(whole)
+    for word in words:
+        kind = Kind.STOP_WORD if word in STOP_WORDS else Kind.WORD
+        yield Token(word, term_of(word), kind)
+    if len(words) > 1 and len(whole) <= _LONGEST_WHOLE and whole.replace("'", "") != "".join(words):
+        yield Token(whole, crc32(whole.encode(errors="replace")), Kind.WHOLE)
+
+
+def _pairs(run: str) -> Iterator[Token]:
+    for start in range(max(len(run) - 1, 1)):
+        pair = run[start : start + 2]
+        yield Token(pair, crc32(pair.encode()), Kind.PAIR)
