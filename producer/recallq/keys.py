@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from hashlib import sha256
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 _LONGEST_READABLE = 200
 
@@ -24,6 +24,11 @@ def escape(name: str) -> str:
     if len(escaped) <= _LONGEST_READABLE:
         return escaped
     return "=" + sha256(name.encode()).hexdigest()
+
+
+def unescape(escaped: str) -> str | None:
+    """The id that an escaped form stands for; None for one that became a hash."""
+    return None if escaped.startswith("=") else unquote(escaped)
 
 
 class Keys:

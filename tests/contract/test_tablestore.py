@@ -15,7 +15,7 @@ from recallq_worker.backends.base import Added, Record
 from recallq_worker.backends.tablestore.rows import owner_of
 from recallq_worker.backends.tablestore.settings import TablestoreSettings
 from recallq_worker.backends.tablestore.store import TablestoreStore
-from recallq_worker.backends.tablestore.vectors import Vectors
+from recallq_worker.backends.tablestore.vectors import embedder_from_settings
 from recallq_worker.settings import WorkerSettings
 from tests.contract.store_conformance import FindsWords, StoreConformance, record, texts
 from tests.loopback.dashscope_api import DashScopeServer
@@ -68,7 +68,7 @@ def configured(server: TablestoreServer, **more: Any) -> TablestoreSettings:
 
 def by_vector(server: TablestoreServer, **more: Any) -> TablestoreStore:
     settings = configured(server, search_strategy="vector", **more)
-    vectors = Vectors.from_settings(WorkerSettings.load(), settings)
+    vectors = embedder_from_settings(WorkerSettings.load(), settings)
     return TablestoreStore(settings, vectors=vectors)
 
 

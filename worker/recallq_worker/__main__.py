@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
 import threading
 import time
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import orjson
 import typer
+from rich.console import Console
 
-from recallq.contract import Lane
+from recallq.contract import Lane, Scope
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError
 from recallq_worker.backends import registry
 from recallq_worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from recallq_worker.reindexing import Reindexed
 
 _LAST_CHANCE = 20.0
 """Seconds that a worker whose owner is gone has to finish what it holds."""
@@ -72,6 +77,44 @@ def worker(
 
 
 @cli.command()
+def reindex(
+    user: Annotated[Optional[str], typer.Argument(help="Only this user's index.")] = None,
+    tenant: Annotated[Optional[str], typer.Option(help="The user's tenant.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Rebuild also those that are as they should be.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Bring search indexes up to date."""
+    settings = WorkerSettings.load(tenant=tenant)
+    scope = None if user is None else Scope(settings.tenant, user)
+    registry.load(settings.backend)
+    from recallq_worker.reindexing import reindex
+
+    console = Console(stderr=True)
+    with console.status("looking for indexes") as status:
+
+        def advance(so_far: Reindexed) -> None:
+            status.update(f"{so_far.users:,} users, {so_far.messages:,} messages indexed anew")
+
+        done = asyncio.run(reindex(settings, scope, everything=everything, advance=advance))
+    if as_json:
+        print(orjson.dumps(done.to_dict()).decode())
+        return
+    print(
+        f"looked at the indexes of {done.users:,} users: rebuilt {done.rebuilt:,}, of "
+        f"{done.messages:,} messages"
+    )
+    if settings.search_strategy != "keyword":
+        print(f"embedded {done.embedded:,} messages that had no vector")
+    if done.skipped:
+        print(
+            f"{done.skipped:,} users have ids of more than 200 characters; their older messages "
+            "have no vectors"
+        )
+
+
+@cli.command()
 def backends() -> None:
     """Print the registered backends as JSON."""
     print(orjson.dumps([each.model_dump() for each in registry.available()]).decode())
@@ -109,8 +152,11 @@ def main() -> None:
     try:
         cli()
     except RecallQError as error:
-        print(f"recallq worker: {error}", file=sys.stderr)
+        print(f"recallq: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        print("recallq: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

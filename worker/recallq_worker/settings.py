@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -60,6 +60,10 @@ class WorkerSettings(ClientSettings):
     slow_patience: float = Field(10.0, ge=0)
     """How long a worker that is to stop lets its extractions come to their end, before it leaves
     them to others."""
+
+    search_strategy: Literal["keyword", "vector", "hybrid"] = "keyword"
+    """How the redis and in_memory backends search: by words, by meaning, or by both. The last two
+    embed every message in a second step, with the model that `ModelSettings` names."""
 
     store_url: str = Field("", repr=False)
     """The Redis in which the redis backend keeps memories; redis_url by default."""

@@ -8,6 +8,7 @@ import typer
 
 from recallq.cli import dead, memory, service, status
 from recallq.cli.demo import demo
+from recallq.cli.evaluate import evaluate_command
 from recallq.cli.import_tablestore import import_tablestore
 from recallq.cli.ingest import ingest_command
 
@@ -32,6 +33,8 @@ app.command("import-tablestore")(import_tablestore)
 app.add_typer(dead.app, name="dead", no_args_is_help=True)
 app.command("status")(status.status)
 app.command("doctor")(status.doctor)
+app.command("eval")(evaluate_command)
+app.command("reindex")(service.reindex)
 app.command("backends")(service.backends)
 
 

@@ -1,4 +1,4 @@
-"""``recallq up | worker | backends``: what runs the service."""
+"""``recallq up | worker | reindex | backends``: what runs the service."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Annotated, Any, Optional
 import orjson
 import typer
 
-from recallq.cli.connection import UrlOption, is_named, running_url
-from recallq.cli.memory import JsonOption
-from recallq.cli.runner import fail, guarded
+from recallq.cli.connection import UrlOption, existing_url, is_named, running_url
+from recallq.cli.memory import JsonOption, TenantOption
+from recallq.cli.runner import fail, guarded, run
 from recallq.cli.stack import Stack, default_data_dir, worker_command, worker_environment
 from recallq.embedded import EmbeddedRedis
 from recallq.errors import ConfigurationError, RecallQError
@@ -142,6 +142,29 @@ def _worker_with_embedded_redis(command: list[str]) -> None:
             code = process.wait()
     if code:
         raise SystemExit(code)
+
+
+def reindex(
+    user: Annotated[Optional[str], typer.Argument(help="Only this user's index.")] = None,
+    tenant: TenantOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Rebuild also those that are as they should be.")
+    ] = False,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring the search indexes of the redis backend up to date; workers may go on meanwhile."""
+    arguments = ["reindex"]
+    if tenant is not None:
+        arguments += ["--tenant", tenant]
+    arguments += ["--all"] * everything + ["--json"] * as_json
+    if user is not None:
+        arguments += ["--", user]
+    command = guarded(lambda: worker_command(*arguments))
+    found = run(existing_url(url))
+    sys.stdout.flush()
+    environment = dict(os.environ) if found is None else worker_environment(found)
+    os.execve(command[0], command, environment)  # noqa: S606  # no shell is wanted
 
 
 def backends(as_json: JsonOption = False) -> None:

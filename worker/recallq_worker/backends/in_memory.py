@@ -12,9 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from recallq.contract import Health, Scope
+from recallq.errors import JobError
 from recallq_worker.backends.base import Added, Hit, Record
+from recallq_worker.embedding import make_document_embedder
 from recallq_worker.search.finder import Wanted, find
 from recallq_worker.search.in_memory import MemoryIndex
+from recallq_worker.search.memory_vectors import MemoryVectorRows
+from recallq_worker.search.semantic import SemanticSearch
 from recallq_worker.settings import WorkerSettings
 
 _Place = tuple[int, str]
@@ -56,18 +60,33 @@ class InMemoryStore:
     name: ClassVar[str] = "in_memory"
     single_process: ClassVar[bool] = True
 
-    def __init__(self, max_messages_per_session: int | None = None) -> None:
+    def __init__(
+        self,
+        max_messages_per_session: int | None = None,
+        semantic: SemanticSearch[MemoryVectorRows] | None = None,
+    ) -> None:
+        """With `semantic`, messages are also found by their meaning."""
         self._max_messages = max_messages_per_session
+        self._semantic = semantic
+        self.indexes = semantic is not None
         self._users: dict[tuple[str, str], _User] = {}
 
     @classmethod
     def from_settings(cls, settings: WorkerSettings) -> Self:
-        return cls(settings.max_messages_per_session)
+        semantic = None
+        if settings.search_strategy != "keyword":
+            embedder = make_document_embedder(settings.store_url, settings.namespace)
+            rows = MemoryVectorRows(embedder.dimensions)
+            semantic = SemanticSearch(embedder, rows, settings.search_strategy)
+        return cls(settings.max_messages_per_session, semantic)
 
     async def start(self) -> None:
-        """Nothing to connect to."""
+        if self._semantic is not None:
+            await self._semantic.start()
 
     async def stop(self) -> None:
+        if self._semantic is not None:
+            await self._semantic.stop()
         self._users.clear()
 
     async def add(self, records: Sequence[Record]) -> list[Added]:
@@ -91,7 +110,10 @@ class InMemoryStore:
         insort(session, place)
         user.index.add(record)
         if self._max_messages is not None and len(session) > self._max_messages:
-            user.remove(session_id, set(session[: -self._max_messages]))
+            oldest = set(session[: -self._max_messages])
+            user.remove(session_id, oldest)
+            if self._semantic is not None:
+                self._semantic.rows.drop(scope, [record_id for _, record_id in oldest])
         return Added.NEW
 
     async def search(
@@ -99,7 +121,21 @@ class InMemoryStore:
     ) -> list[Hit]:
         user = self._users.get((scope.tenant, scope.user_id), _User())
         reader = user.index.reader(user.records.get)
-        return await find(reader, Wanted(query, scope.session_id, top_k, score_threshold))
+        wanted = Wanted(query, scope.session_id, top_k, score_threshold)
+        if self._semantic is not None:
+            return await self._semantic.find(reader, scope, wanted)
+        return await find(reader, wanted)
+
+    async def index(
+        self, records: Sequence[Record], *, patience: float
+    ) -> Sequence[JobError | None]:
+        if self._semantic is None:
+            return [None] * len(records)
+        return await self._semantic.index(records, self._stored)
+
+    async def _stored(self, scope: Scope, ids: Sequence[str]) -> dict[str, Record]:
+        user = self._users.get((scope.tenant, scope.user_id), _User())
+        return {each: user.records[each] for each in ids if each in user.records}
 
     async def list(self, scope: Scope, *, offset: int, limit: int) -> list[Record]:
         user = self._users.get((scope.tenant, scope.user_id), _User())
@@ -132,7 +168,15 @@ class InMemoryStore:
                 user.remove(session_id, gone)
                 removed += len(gone)
         user.index.clean()
+        if self._semantic is not None:
+            await self._semantic.rows.delete(scope, before_epoch)
         return removed
 
     async def health(self) -> Health:
-        return Health(ok=True, backend=self.name, detail=f"{len(self._users):,} users")
+        detail = f"{len(self._users):,} users"
+        if self._semantic is not None:
+            try:
+                detail += f", searched by meaning with {await self._semantic.embedder.check()}"
+            except JobError as error:
+                return Health(ok=False, backend=self.name, detail=str(error))
+        return Health(ok=True, backend=self.name, detail=detail)

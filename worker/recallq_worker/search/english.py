@@ -38,11 +38,11 @@ shine shone; shoot shot; show shown; shrink shrank; sing sang sung; sink sank su
 sleep slept; slide slid; speak spoke spoken; spend spent; spin spun; stand stood;
 steal stole stolen; stick stuck; sting stung; strike struck; swear swore sworn; sweep swept;
 swim swam swum; swing swung; take took taken; teach taught; tear tore torn; tell told;
-think thought; throw threw thrown; understand understood; wake woke woken; wear wore worn; weave wove woven; weep wept; win won;
-wind wound; write wrote written;
-child children; foot feet; goose geese; half halves; knife knives; leaf leaves; life lives; man men;
-mouse mice; person people; shelf shelves; thief thieves; tooth teeth; wife wives; wolf wolves;
-woman women; bad worse worst; good better best
+think thought; throw threw thrown; understand understood; wake woke woken; wear wore worn;
+weave wove woven; weep wept; win won; wind wound; write wrote written; child children; foot feet;
+goose geese; half halves; knife knives; leaf leaves; life lives; man men; mouse mice;
+person people; shelf shelves; thief thieves; tooth teeth; wife wives; wolf wolves; woman women;
+bad worse worst; good better best
 """
 _BASE: dict[str, str] = {}
 for _line in _IRREGULAR.split(";"):

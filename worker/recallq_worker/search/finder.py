@@ -7,12 +7,12 @@ the best are read, and whatever has vanished meanwhile makes room for the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from recallq_worker.backends.base import Hit, Record
-from recallq_worker.search.scoring import Part, Place, Ranked, rank
+from recallq_worker.search.scoring import NOTHING, Part, Place, Ranked, rank
 from recallq_worker.search.terms import QueryTerm, query_terms
 from recallq_worker.search.vocabulary import with_part
 
@@ -52,6 +52,14 @@ class Reader(Protocol):
         """
         ...
 
+    async def ids(self, places: Sequence[Place]) -> Sequence[str]:
+        """Their ids alone. Raises `Moved`."""
+        ...
+
+    async def records(self, ids: Sequence[str]) -> Sequence[Record | None]:
+        """Records by their ids; None for those that are gone."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -64,28 +72,68 @@ class Wanted:
 
 
 async def find(reader: Reader, wanted: Wanted) -> list[Hit]:
-    """The best matches, best first, ties by recency."""
+    """The best matches by their words, best first, ties by recency."""
+    ranked = await _ranked_with_parts(reader, wanted, wanted.top_k)
+    found: list[Hit] = []
+    looked_at = 0
+    while len(found) < wanted.top_k:
+        portion = list(ranked.portion(looked_at, wanted.top_k))
+        looked_at += len(portion)
+        portion = [each for each in portion if _is_enough(each[1], wanted)]
+        if not portion:
+            break
+        records = await reader.read([place for place, _ in portion])
+        found += _hits(records, [score for _, score in portion])
+    return _best(found, wanted)
+
+
+async def ranked_by_words(reader: Reader, wanted: Wanted, most: int) -> dict[str, float]:
+    """The ids of the best matches by their words, `most` or a few more, and their scores."""
+    ranked = await _ranked_with_parts(reader, wanted, most)
+    portion = list(ranked.portion(0, most))
+    ids = await reader.ids([place for place, _ in portion]) if portion else []
+    return {record_id: score for record_id, (_, score) in zip(ids, portion, strict=True)}
+
+
+async def best_of(reader: Reader, scores: Mapping[str, float], wanted: Wanted) -> list[Hit]:
+    """The best of records that somebody has scored, if they are there, and in the session that is
+    wanted."""
+    ranked = sorted(
+        ((record_id, round(score, 6)) for record_id, score in scores.items() if score > 0),
+        key=lambda each: -each[1],
+    )
+    ranked = [each for each in ranked if _is_enough(each[1], wanted)]
+    found: list[Hit] = []
+    looked_at = 0
+    while len(found) < wanted.top_k and looked_at < len(ranked):
+        end = looked_at + wanted.top_k
+        while end < len(ranked) and ranked[end][1] == ranked[end - 1][1]:
+            end += 1  # equals are put into their order by what is in the records
+        portion = ranked[looked_at:end]
+        looked_at = end
+        records = await reader.records([record_id for record_id, _ in portion])
+        found += _hits(records, [score for _, score in portion])
+    return _best(found, wanted)
+
+
+async def _ranked_with_parts(reader: Reader, wanted: Wanted, most: int) -> Ranked:
     terms = query_terms(wanted.query)
     if not terms:
-        return []
-    ranked = await _ranked(reader, terms, wanted)
+        return NOTHING
+    ranked = await _ranked(reader, terms, wanted, most)
     few = len(ranked) < wanted.top_k
     partly = [
         term for term in terms if term.may_be_a_part and (few or term.is_lone or not term.count)
     ]
     if partly and _look_for_parts(partly, await reader.vocabularies()):
-        ranked = await _ranked(reader, terms, wanted)
-    return await _hits(reader, ranked, wanted)
+        ranked = await _ranked(reader, terms, wanted, most)
+    return ranked
 
 
-async def _ranked(reader: Reader, terms: Sequence[QueryTerm], wanted: Wanted) -> Ranked:
+async def _ranked(reader: Reader, terms: Sequence[QueryTerm], wanted: Wanted, most: int) -> Ranked:
     snapshot = await reader.look_up([each for term in terms for each in (term.term, *term.parts)])
     return rank(
-        snapshot.parts,
-        terms,
-        total=snapshot.total,
-        session_id=wanted.session_id,
-        most=wanted.top_k,
+        snapshot.parts, terms, total=snapshot.total, session_id=wanted.session_id, most=most
     )
 
 
@@ -97,21 +145,16 @@ def _look_for_parts(terms: Sequence[QueryTerm], vocabularies: Sequence[str]) -> 
     return any(term.parts for term in terms)
 
 
-async def _hits(reader: Reader, ranked: Ranked, wanted: Wanted) -> list[Hit]:
-    found: list[Hit] = []
-    looked_at = 0
-    while len(found) < wanted.top_k:
-        portion = list(ranked.portion(looked_at, wanted.top_k))
-        looked_at += len(portion)
-        if wanted.score_threshold is not None:
-            portion = [each for each in portion if each[1] >= wanted.score_threshold]
-        if not portion:
-            break
-        records = await reader.read([place for place, _ in portion])
-        found += [
-            Hit(record, score)
-            for record, (_, score) in zip(records, portion, strict=True)
-            if record is not None
-        ]
+def _is_enough(score: float, wanted: Wanted) -> bool:
+    return wanted.score_threshold is None or score >= wanted.score_threshold
+
+
+def _hits(records: Sequence[Record | None], scores: Sequence[float]) -> Iterator[Hit]:
+    for record, score in zip(records, scores, strict=True):
+        if record is not None:
+            yield Hit(record, score)
+
+
+def _best(found: list[Hit], wanted: Wanted) -> list[Hit]:
     found.sort(key=lambda hit: (hit.score, hit.record.order, hit.record.record_id), reverse=True)
     return found[: wanted.top_k]

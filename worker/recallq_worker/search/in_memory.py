@@ -123,6 +123,12 @@ class MemoryReader:
     async def read(self, places: Sequence[Place]) -> Sequence[Record | None]:
         return [self._record(self._id_at(place)) for place in places]
 
+    async def ids(self, places: Sequence[Place]) -> Sequence[str]:
+        return [self._id_at(place) for place in places]
+
+    async def records(self, ids: Sequence[str]) -> Sequence[Record | None]:
+        return [self._record(record_id) for record_id in ids]
+
     def _id_at(self, place: Place) -> str:
         if place.part == len(self._segments):
             return str(self._entries.ids[place.number].decode())

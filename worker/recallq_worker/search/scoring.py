@@ -129,7 +129,7 @@ class Ranked:
 
 
 _MOST_EQUALS = 64
-_NOTHING = Ranked(np.empty(0), np.empty(0, np.int64), np.zeros(1, np.int64))
+NOTHING = Ranked(np.empty(0), np.empty(0, np.int64), np.zeros(1, np.int64))
 
 
 def rank(
@@ -167,7 +167,7 @@ def rank(
     if len(candidates) > max(_ALL, 2 * most):
         candidates = _around_the_best(candidates, own, max(_ALL // 4, 2 * most))
     if not len(candidates):
-        return _NOTHING
+        return NOTHING
     scores = _with_neighbours(parts, bases, candidates, found) / (possible * FULL)
     scores = np.round(scores, _DIGITS)
     best = np.lexsort((_recency(parts, bases, candidates), scores))[::-1]

@@ -147,6 +147,38 @@ class VectorReplica(Replica):
             for row_id in sorted((self._ids[place] for place in equal), reverse=True):
                 yield row_id, min(max(score, 0.0), 1.0)
 
+    def compare(
+        self, vector: Floats, suffix: bytes | None, ids: Sequence[bytes], most: int
+    ) -> Compared:
+        """How similar rows are: the most similar of them, and those of `ids`."""
+        scores = np.clip(np.round(self._matrix[: len(self._ids)] @ vector, _DIGITS), 0.0, 1.0)
+        asked = {
+            row_id: float(scores[place])
+            for row_id in ids
+            if (place := self._places.get(row_id)) is not None
+        }
+        if suffix is None:
+            places = np.arange(len(scores))
+        else:
+            places = np.array(
+                [place for place, each in enumerate(self._suffixes) if each == suffix], dtype=int
+            )
+        if len(places) > most:
+            # More recent ones win ties at the edge.
+            order = np.lexsort((self._orders[places], scores[places]))
+            places = places[order[len(order) - most :]]
+        best = [(self._ids[place], float(scores[place])) for place in places.tolist()]
+        return Compared(sorted(best, key=lambda each: -each[1]), asked)
+
+
+class Compared(NamedTuple):
+    """Cosines, or 0 where they are negative."""
+
+    best: list[tuple[bytes, float]]
+    """The most similar rows, best first."""
+    asked: dict[bytes, float]
+    """Of the rows that were asked for, those that there are."""
+
 
 class _Text(NamedTuple):
     order: int

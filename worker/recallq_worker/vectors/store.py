@@ -27,6 +27,7 @@ from recallq_worker.backends.base import Added
 from recallq_worker.vectors import scripts
 from recallq_worker.vectors.client import asking
 from recallq_worker.vectors.replicas import (
+    Compared,
     Floats,
     Replica,
     Shelf,
@@ -218,6 +219,15 @@ class RedisVectors:
         ]
         return bool(self._call(self._update, keys, args))
 
+    def expire(self, owner: str, groups: Iterable[str], seconds: int) -> None:
+        """Lets all that is the owner's, in these groups, vanish in so many seconds."""
+        base = self._base(owner)
+        keys = _keys(base, "rvocn") + [f"{base}:g:{escaped(group)}" for group in groups]
+        with asking(self._url), self._redis.pipeline(transaction=True) as pipe:
+            for key in keys:
+                pipe.expire(key, seconds)
+            pipe.execute()
+
     def remove(self, owner: str, ids: Sequence[str]) -> int:
         """Removes rows by their ids, and says how many there were."""
         base = self._base(owner)
@@ -330,9 +340,7 @@ class RedisVectors:
     ) -> list[tuple[Row, float]]:
         """The rows with the most similar vectors, best first, ties by recency; with the cosine,
         or 0 where that is negative."""
-        wanted = np.frombuffer(self._encoded(vector), dtype="<f4").astype(np.float64)
-        length = np.linalg.norm(wanted)
-        direction: Floats = (wanted / length if length > 0 else wanted).astype(np.float32)
+        direction = self._direction(vector)
 
         def best(replica: VectorReplica) -> Iterator[tuple[bytes, float]]:
             return replica.best(direction, _suffix(group))
@@ -340,6 +348,26 @@ class RedisVectors:
         return self._search(
             owner, VectorReplica, lambda: VectorReplica(self.dimensions), best, top_k, where
         )
+
+    def compare(
+        self,
+        owner: str,
+        vector: Vector,
+        *,
+        group: str | None = None,
+        ids: Sequence[str],
+        most: int,
+    ) -> Compared:
+        """How similar the owner's rows are to a vector; reads no row. See `VectorReplica`."""
+        base = self._base(owner)
+        direction = self._direction(vector)
+        replica = self._shelf.take(VectorReplica, base, lambda: VectorReplica(self.dimensions))
+        with replica.lock:
+            try:
+                self._catch_up(base, replica)
+            finally:
+                self._shelf.weigh(VectorReplica, base, replica)
+            return replica.compare(direction, _suffix(group), [*map(to_bytes, ids)], most)
 
     def keywords(
         self,
@@ -446,6 +474,11 @@ class RedisVectors:
     def _places(self, owner: str, group: str | None) -> str:
         base = self._base(owner)
         return f"{base}:o" if group is None else f"{base}:g:{escaped(group)}"
+
+    def _direction(self, vector: Vector) -> Floats:
+        wanted = np.frombuffer(self._encoded(vector), dtype="<f4").astype(np.float64)
+        length = np.linalg.norm(wanted)
+        return (wanted / length if length > 0 else wanted).astype(np.float32)
 
     def _encoded(self, vector: Vector) -> bytes:
         try:

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
@@ -116,13 +116,22 @@ class RedisIndex:
     """The indexes of all users of one store. Belongs to the event loop that makes it."""
 
     def __init__(
-        self, redis: RedisClient, asking: Asking, *, ttl: int | None, remembered: Remembered
+        self,
+        redis: RedisClient,
+        asking: Asking,
+        *,
+        ttl: int | None,
+        remembered: Remembered,
+        forget: Callable[[str, Sequence[str]], Awaitable[None]] | None,
     ) -> None:
-        """`ttl` in seconds."""
+        """`ttl` in seconds. `forget` is told what records of a user are gone for good, by the
+        beginning of the user's keys; it may be told again."""
         self._redis = redis
         self._asking = asking
         self._ttl_ms = (ttl or 0) * 1000
         self._remembered = remembered
+        self._forget = forget
+        self._look_up = redis.register_script(scripts.LOOK_UP)
         self._state = redis.register_script(scripts.STATE)
         self._commit = redis.register_script(scripts.COMMIT)
         self._renew = redis.register_script(scripts.RENEW)
@@ -162,6 +171,14 @@ class RedisIndex:
                 if await self._apply(keys, state, await self._without_gone(keys, state)):
                     return
         raise BackendUnavailable("the search index changes too fast to be cleaned")
+
+    async def is_sound(self, base: str) -> bool:
+        """Whether an index is of this version, and has just the messages that there are."""
+        keys = IndexKeys(base)
+        said = await self._asking(
+            self._look_up(keys=[*keys.own[:2], keys.order], args=[keys.segments, VERSION])
+        )
+        return bool(said != 0)
 
     async def rebuild(self, base: str, *, force: bool = False) -> int:
         """Makes a user's index anew, and says of how many messages. `force`: what is there is of no
@@ -248,6 +265,8 @@ class RedisIndex:
             if left is not None:
                 change.made[_new_name()] = left
         change.replaced = replaced
+        if self._forget is not None:
+            await self._forget(keys.base, [_text(each) for each in state.gone])
         return change
 
     # --- making anew ----------------------------------------------------------------------------

@@ -95,34 +95,55 @@ class RedisReader:
         return [*found, *await self._index.texts_of(self._keys, self._entries.ids)]
 
     async def read(self, places: Sequence[Place]) -> Sequence[Record | None]:
+        ids, values = await self._at(places, values=True)
+        return [
+            self._record(record_id, value) for record_id, value in zip(ids, values, strict=True)
+        ]
+
+    async def ids(self, places: Sequence[Place]) -> Sequence[str]:
+        ids, _ = await self._at(places, values=False)
+        return [record_id.decode() for record_id in ids]
+
+    async def records(self, ids: Sequence[str]) -> Sequence[Record | None]:
+        reply = self._redis.hmget(self._keys.records, list(ids))
+        values = await self._asking(cast("Awaitable[list[bytes | None]]", reply))
+        return [
+            self._record(record_id.encode(), value)
+            for record_id, value in zip(ids, values, strict=True)
+        ]
+
+    async def _at(
+        self, places: Sequence[Place], *, values: bool
+    ) -> tuple[list[bytes], list[bytes | None]]:
+        """Ids of the records at places, and their values if they are wanted."""
         direct: list[bytes] = []
         blocks: list[Any] = []
+        # Where the reply has each: entries come first in it.
         order: list[tuple[bool, int]] = []
-        for place in places:
-            if place.part == len(self._segments):
+        for part, number in places:
+            if part == len(self._segments):
                 order.append((True, len(direct)))
-                direct.append(self._entries.ids[place.number])
+                direct.append(self._entries.ids[number])
             else:
                 order.append((False, len(blocks) // 3))
-                block, at = divmod(place.number, IDS_TOGETHER)
-                blocks += [self._segments[place.part], block, at]
+                block, at = divmod(number, IDS_TOGETHER)
+                blocks += [self._segments[part], block, at]
         said = await self._asking(
             self._read(
                 keys=[self._keys.records],
-                args=[self._keys.segments, len(direct), *direct, *blocks],
+                args=[self._keys.segments, int(values), len(direct), *direct, *blocks],
             )
         )
         if said is None:
             raise Moved
-        ids, values = said
-        records: list[Record | None] = []
-        for is_direct, at in order:
-            place_in_reply = at if is_direct else len(direct) + at
-            value = values[place_in_reply]
-            record = None
-            if value is not None:
-                record = to_record(ids[place_in_reply], value, self._scope)
-            if record is not None and self._oldest is not None and record.order < self._oldest:
-                record = None  # has expired, and is yet to be swept out
-            records.append(record)
-        return records
+        where = [at if is_direct else len(direct) + at for is_direct, at in order]
+        found, its_values = said
+        return [found[at] for at in where], [its_values[at] for at in where if values]
+
+    def _record(self, record_id: bytes, value: bytes | None) -> Record | None:
+        record = None if value is None else to_record(record_id, value, self._scope)
+        if record is None or (self._oldest is not None and record.order < self._oldest):
+            return None  # has expired, and is yet to be swept out
+        if self._scope.session_id not in (None, record.scope.session_id):
+            return None
+        return record

@@ -276,14 +276,14 @@ end
 return {messages, entries, segments}
 """
 
-# KEYS: records. ARGV: prefix of segments, number of record ids, these, then for each of others:
-#       name of a segment, block, place in it.
+# KEYS: records. ARGV: prefix of segments, whether values are wanted (1/0), number of record ids,
+#       these, then for each of others: name of a segment, block, place in it.
 # Returns the ids and values of all of them; nothing if a segment is not there any more.
 READ = """
 local ids, blocks = {}, {}
-local count = tonumber(ARGV[2])
-for at = 3, 2 + count do ids[#ids + 1] = ARGV[at] end
-for at = 3 + count, #ARGV, 3 do
+local count = tonumber(ARGV[3])
+for at = 4, 3 + count do ids[#ids + 1] = ARGV[at] end
+for at = 4 + count, #ARGV, 3 do
   local name = ARGV[at] .. ' ' .. ARGV[at + 1]
   if not blocks[name] then
     local block = redis.call('HGET', ARGV[1] .. ARGV[at], 'd' .. ARGV[at + 1])
@@ -293,6 +293,7 @@ for at = 3 + count, #ARGV, 3 do
   ids[#ids + 1] = blocks[name][tonumber(ARGV[at + 2]) + 1]
 end
 local values = {}
+if ARGV[2] == '0' then return {ids, values} end
 for start = 1, #ids, 1000 do
   local portion = redis.call('HMGET', KEYS[1], unpack(ids, start, math.min(start + 999, #ids)))
   for _, value in ipairs(portion) do values[#values + 1] = value end
@@ -334,9 +335,9 @@ return {found.v == ARGV[2] and 1 or 0, found.g, names, redis.call('HGETALL', ent
 
 # KEYS: index, entries, gone, order.
 # ARGV: prefix of segments, version, generation, TTL (ms, 0 for none), whether these segments are
-#       all (1/0), messages that were taken out of segments, number of new segments, (name, description)
-#       of each, number and names of those that they replace, number and ids of the entries that are
-#       in them, ids that are gone from segments.
+#       all (1/0), messages that were taken out of segments, number of new segments, name and
+#       description of each, number and names of those that they replace, number and ids of the
+#       entries that are in them, ids that are gone from segments.
 # Puts new segments, which are written, in the place of others. Returns 1, or 0 if others did so.
 COMMIT = """
 local index, entries, gone, order, segments = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from redis import exceptions
 
 from recallq.contract import Health, Scope
-from recallq.errors import BackendError, BackendUnavailable
-from recallq.keys import Keys, escape
+from recallq.errors import BackendError, BackendUnavailable, JobError
+from recallq.keys import Keys, escape, unescape
 from recallq.redis_client import (
     COMMAND_TIMEOUT,
     LOST,
@@ -37,8 +38,11 @@ from recallq_worker.backends.redis.index import IndexKeys, RedisIndex
 from recallq_worker.backends.redis.reader import RedisReader, StaleIndex
 from recallq_worker.backends.redis.remembered import Remembered
 from recallq_worker.backends.redis.values import to_record, to_value
+from recallq_worker.backends.redis.vector_rows import RedisVectorRows
+from recallq_worker.embedding import make_document_embedder
 from recallq_worker.search.entries import VERSION, DamagedIndex, encode_entry
 from recallq_worker.search.finder import Moved, Wanted, find
+from recallq_worker.search.semantic import SemanticSearch
 from recallq_worker.search.terms import analyze
 from recallq_worker.settings import WorkerSettings
 
@@ -47,6 +51,7 @@ log = logging.getLogger(__name__)
 _FENCES_LIVE_MS = 30 * 24 * 3600 * 1000
 """How long a fence outlives its delete: longer than any add may lie in a queue."""
 _DELETE_CHUNK = 1000
+_EMBEDDED_TOGETHER = 500
 _SEARCHES = 5
 """How often an index may change its shape under a search."""
 
@@ -80,22 +85,38 @@ class RedisStore:
         ttl: int | None = None,
         max_messages_per_session: int | None = None,
         connect_timeout: float = 5.0,
+        semantic: SemanticSearch[RedisVectorRows] | None = None,
     ) -> None:
+        """Connects to nothing yet. With `semantic`, messages are also found by their meaning."""
         self._url = url
         self._keys = Keys(namespace)
         self._ttl = ttl
         self._max_messages = max_messages_per_session
         self._connect_timeout = connect_timeout
+        self._semantic = semantic
+        self.indexes = semantic is not None
         self._redis: RedisClient
 
     @classmethod
     def from_settings(cls, settings: WorkerSettings) -> Self:
+        semantic = None
+        if settings.search_strategy != "keyword":
+            embedder = make_document_embedder(settings.store_url, settings.namespace)
+            rows = RedisVectorRows(
+                settings.store_url,
+                namespace=settings.namespace,
+                dimensions=embedder.dimensions,
+                ttl=settings.store_ttl,
+                connect_timeout=settings.connect_timeout,
+            )
+            semantic = SemanticSearch(embedder, rows, settings.search_strategy)
         return cls(
             settings.store_url,
             namespace=settings.namespace,
             ttl=settings.store_ttl,
             max_messages_per_session=settings.max_messages_per_session,
             connect_timeout=settings.connect_timeout,
+            semantic=semantic,
         )
 
     async def start(self) -> None:
@@ -108,14 +129,22 @@ class RedisStore:
         self._add = self._redis.register_script(scripts.ADD)
         self._remembered = Remembered()
         self._index = RedisIndex(
-            self._redis, self._asking, ttl=self._ttl, remembered=self._remembered
+            self._redis,
+            self._asking,
+            ttl=self._ttl,
+            remembered=self._remembered,
+            forget=None if self._semantic is None else self._semantic.rows.forget,
         )
         await self._asking(self._redis.script_load(scripts.ADD))
+        if self._semantic is not None:
+            await self._semantic.start()
 
     async def stop(self) -> None:
         index = getattr(self, "_index", None)
         if index is not None:
             await index.stop()
+        if self._semantic is not None:
+            await self._semantic.stop()
         redis = getattr(self, "_redis", None)
         if redis is not None:
             await redis.aclose(close_connection_pool=True)
@@ -194,6 +223,26 @@ class RedisStore:
             await self._redis.script_load(scripts.ADD)
         raise AssertionError("unreachable")
 
+    # --- the second step ------------------------------------------------------------------------
+
+    async def index(
+        self, records: Sequence[Record], *, patience: float
+    ) -> Sequence[JobError | None]:
+        if self._semantic is None:
+            return [None] * len(records)
+        return await self._semantic.index(records, self._stored)
+
+    async def _stored(self, user: Scope, ids: Sequence[str]) -> dict[str, Record]:
+        """Records of a user, by their ids."""
+        reply = self._redis.hmget(IndexKeys(self._base(user.tenant, user.user_id)).records, [*ids])
+        values = await self._asking(cast("Awaitable[list[bytes | None]]", reply))
+        found = {}
+        for record_id, value in zip(ids, values, strict=True):
+            record = None if value is None else to_record(record_id.encode(), value, user)
+            if record is not None:
+                found[record_id] = record
+        return found
+
     # --- read -----------------------------------------------------------------------------------
 
     async def search(
@@ -214,6 +263,8 @@ class RedisStore:
                 None if self._ttl is None else int(self._cutoff()),
             )
             try:
+                if self._semantic is not None:
+                    return await self._semantic.find(reader, scope, wanted)
                 return await find(reader, wanted)
             except Moved:
                 continue
@@ -247,6 +298,8 @@ class RedisStore:
             )
         )
         removed = await self._delete_records(base, scope, before_epoch)
+        if self._semantic is not None:
+            await self._semantic.rows.delete(scope, before_epoch)
         await self._index.clean(base)
         return removed
 
@@ -292,6 +345,55 @@ class RedisStore:
                 return removed
             # Others may have removed records meanwhile, and so moved some past our place.
 
+    # --- reindexing -----------------------------------------------------------------------------
+
+    async def users(self, user: Scope | None = None) -> AsyncIterator[str]:
+        """How the keys begin of all users who have something stored, or of one."""
+        if user is not None:
+            yield self._base(user.tenant, user.user_id)
+            return
+        beginning = f"{self._keys.namespace}:m:"
+        pattern = re.sub(r"([*?\[\]\\])", r"\\\1", beginning) + "{*}:o"
+        cursor = 0
+        seen: set[bytes] = set()
+        while True:
+            cursor, keys = await self._asking(self._redis.scan(cursor, match=pattern, count=1000))
+            for key in cast("set[bytes]", set(keys)) - seen:
+                seen.add(key)
+                yield key.decode().removesuffix(":o")
+            if cursor == 0:
+                return
+
+    async def reindex(self, base: str, *, anyway: bool = False) -> int | None:
+        """Makes a user's index anew if it is not as it should be, or `anyway`; searches go by the
+        old one meanwhile, if that is of use. Returns the number of messages, None if not."""
+        if not anyway and await self._index.is_sound(base):
+            return None
+        return await self._index.rebuild(base)
+
+    async def embed(self, base: str) -> int | None:
+        """Gives a user's messages vectors where they have none, and says how many; None if it
+        cannot be told whose they are.
+
+        Raises `BackendUnavailable`, `BackendError`.
+        """
+        assert self._semantic is not None  # else there are none
+        names = base[base.index("{") + 1 : -1].split("/")
+        tenant, user_id = (unescape(name) for name in names)
+        if tenant is None or user_id is None:
+            return None
+        scope = Scope(tenant, user_id)
+        embedded = offset = 0
+        while records := await self.list(scope, offset=offset, limit=_EMBEDDED_TOGETHER):
+            offset += len(records)
+            before = await self._semantic.rows.epochs(scope, [each.record_id for each in records])
+            for error in await self._semantic.index(records, self._stored):
+                if error is not None:
+                    raise error
+            after = await self._semantic.rows.epochs(scope, [each.record_id for each in records])
+            embedded += len(after) - len(before)
+        return embedded
+
     async def settled(self) -> None:
         """Returns once nothing is being done to the indexes here: for tests and benchmarks."""
         await self._index.settled()
@@ -301,9 +403,12 @@ class RedisStore:
     async def health(self) -> Health:
         try:
             info = await self._asking(self._redis.info("server"))
-        except (BackendUnavailable, BackendError) as error:
+            detail = f"Redis {info['redis_version']}"
+            if self._semantic is not None:
+                detail += f", searched by meaning with {await self._semantic.embedder.check()}"
+        except JobError as error:
             return Health(ok=False, backend=self.name, detail=str(error))
-        return Health(ok=True, backend=self.name, detail=f"Redis {info['redis_version']}")
+        return Health(ok=True, backend=self.name, detail=detail)
 
     def _base(self, tenant: str, user_id: str) -> str:
         return f"{self._keys.namespace}:m:{self._keys.user_tag(tenant, user_id)}"

@@ -64,8 +64,9 @@ from recallq_worker.backends.tablestore.table import (
     epoch_below,
     has,
 )
-from recallq_worker.backends.tablestore.vectors import Vectors
+from recallq_worker.backends.tablestore.vectors import embedder_from_settings, stored
 from recallq_worker.backends.tablestore.visibility import Watch
+from recallq_worker.embedding import DocumentEmbedder
 from recallq_worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class TablestoreStore:
         self,
         settings: TablestoreSettings,
         *,
-        vectors: Vectors | None = None,
+        vectors: DocumentEmbedder | None = None,
         tablestore_client: AsyncOTSClient | None = None,
     ) -> None:
         """`vectors` are needed for the strategy of that name. A `tablestore_client` that is given
@@ -123,7 +124,7 @@ class TablestoreStore:
             raise MissingExtra("the tablestore backend", "tablestore") from error
         vectors = None
         if own.search_strategy == "vector":
-            vectors = Vectors.from_settings(settings, own)
+            vectors = embedder_from_settings(settings, own)
         return cls(own, vectors=vectors)
 
     async def start(self) -> None:
@@ -142,7 +143,7 @@ class TablestoreStore:
         dimension = None
         if self._vectors is not None:
             await self._vectors.start()
-            dimension = self._vectors.dimension
+            dimension = self._vectors.dimensions
         self._index = SearchIndex(self._table, settings, dimension)
         self._watch = Watch(self._table, self._index)
         await self._notes.open()
@@ -287,7 +288,7 @@ class TablestoreStore:
         return errors
 
     async def _embed(
-        self, vectors: Vectors, keys: Sequence[Key], texts: Sequence[str]
+        self, vectors: DocumentEmbedder, keys: Sequence[Key], texts: Sequence[str]
     ) -> tuple[list[JobError | None], set[Key]]:
         """Gives rows their vectors; what each failed with, and which rows have one."""
         found = await self._table.read(
@@ -308,7 +309,7 @@ class TablestoreStore:
             if isinstance(vector, JobError):
                 failed[key] = vector
                 continue
-            columns = {self._settings.embedding_field: vector, EMBEDDED: 1}
+            columns = {self._settings.embedding_field: stored(vector), EMBEDDED: 1}
             writes.append(Write(key, "change", columns, has(DIGEST, digest(text))))
         done = await self._table.write(writes)
         embedded |= {write.key for write, held in zip(writes, done, strict=True) if held}
@@ -328,7 +329,9 @@ class TablestoreStore:
             fences, vector = await asyncio.gather(
                 self._fences(scope), self._vectors.of_query(query)
             )
-            found = await self._index.by_vector(scope, vector, fences, top_k, score_threshold)
+            found = await self._index.by_vector(
+                scope, vector.tolist(), fences, top_k, score_threshold
+            )
         hits = []
         for each in found:
             if score_threshold is not None and each.score < score_threshold:
@@ -457,11 +460,7 @@ class TablestoreStore:
             await self._table.ping()
             await self._index.ping()
             if self._vectors is not None:
-                model, usage = await self._vectors.check(), self._vectors.usage()
-                detail += (
-                    f" with {model}; since its start this process embedded {usage.texts:,} texts "
-                    f"in {usage.requests:,} requests, {usage.tokens_used:,} tokens"
-                )
+                detail += f" with {await self._vectors.check()}"
         except JobError as error:
             return Health(ok=False, backend=self.name, detail=str(error))
         except Exception as error:  # noqa: BLE001  # health never raises
