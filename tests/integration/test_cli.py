@@ -43,7 +43,7 @@ class TestTheFourCalls:
         )
         found = shell("search", user, "green", "tea").stdout
         assert "I like green tea" in found
-        assert "1.00" in found
+        assert "0.6" in found
         listed = shell("list", user, "--size", "1").stdout
         assert "the next is --page 2" in listed
         assert "龙井茶" in shell("list", user, "--page", "2", "--size", "1").stdout

@@ -59,6 +59,7 @@ class InMemoryStore:
 
     name: ClassVar[str] = "in_memory"
     single_process: ClassVar[bool] = True
+    indexes = False
 
     def __init__(
         self,
@@ -68,7 +69,8 @@ class InMemoryStore:
         """With `semantic`, messages are also found by their meaning."""
         self._max_messages = max_messages_per_session
         self._semantic = semantic
-        self.indexes = semantic is not None
+        if semantic is not None:
+            self.indexes = True
         self._users: dict[tuple[str, str], _User] = {}
 
     @classmethod

@@ -1,8 +1,8 @@
 """The terms of messages, and how those of a single message are kept: its *entry*.
 
-An entry is a head - version (u8, and a free one), number of terms (u16), order key (i64), digest of
-the session's id (u64) - and the terms (u32), each with its weight (u8). All numbers here and in
-segments are little-endian.
+An entry is a head - version (u8), usual weight (u8), number of terms that have it (u16), order key
+(i64), digest of the session's id (u64) - then these terms (u32), then the others, each with its
+weight (u8). All numbers here and in segments are little-endian.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ VERSION = 1
 
 Array: TypeAlias = npt.NDArray[Any]
 
-_HEAD = struct.Struct("<BxHqQ")
+_HEAD = struct.Struct("<BBHqQ")
 _HEADS = np.dtype(
-    [("version", "u1"), ("free", "u1"), ("count", "<u2"), ("order", "<i8"), ("session", "<u8")]
+    [("version", "u1"), ("usual", "u1"), ("count", "<u2"), ("order", "<i8"), ("session", "<u8")]
 )
-_POSTING = np.dtype([("term", "<u4"), ("weight", "u1")])
+_PAIR = struct.Struct("<IB").pack
+_OTHER = np.dtype([("term", "<u4"), ("weight", "u1")])
 
 
 class DamagedIndex(Exception):
@@ -40,13 +41,12 @@ def session_digest(session_id: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def encode_entry(session_id: str, order: int, weights: Mapping[int, int]) -> bytes:
-    """The entry of a message."""
-    count = len(weights)
-    postings = np.empty(count, dtype=_POSTING)
-    postings["term"] = np.fromiter(weights, "<u4", count)
-    postings["weight"] = np.fromiter(weights.values(), "u1", count)
-    return _HEAD.pack(VERSION, count, order, session_digest(session_id)) + postings.tobytes()
+def encode_entry(session_id: str, order: int, weights: Mapping[int, int], usual: int = 0) -> bytes:
+    """The entry of a message; `usual` is the weight that most of its terms have, if any."""
+    same = [term for term, weight in weights.items() if weight == usual]
+    others = [_PAIR(*each) for each in weights.items() if each[1] != usual]
+    head = _HEAD.pack(VERSION, usual, len(same), order, session_digest(session_id))
+    return b"".join([head, struct.pack(f"<{len(same)}I", *same), *others])
 
 
 @dataclass(slots=True)
@@ -80,18 +80,23 @@ class Messages:
         if (sizes < _HEAD.size).any():
             raise DamagedIndex("an entry")
         heads = np.frombuffer(b"".join([value[: _HEAD.size] for value in values]), dtype=_HEADS)
-        counts = heads["count"].astype(np.int64)
-        fits = (heads["version"] == VERSION) & (sizes == _HEAD.size + _POSTING.itemsize * counts)
-        if not fits.all():
+        same = heads["count"].astype(np.int64)
+        middles = _HEAD.size + 4 * same
+        others, left = np.divmod(sizes - middles, _OTHER.itemsize)
+        if ((heads["version"] != VERSION) | (others < 0) | (left != 0)).any():
             raise DamagedIndex("an entry, or it is of another version")
-        postings = np.frombuffer(b"".join([value[_HEAD.size :] for value in values]), _POSTING)
+        edges = middles.tolist()
+        first = b"".join([value[_HEAD.size : at] for value, at in zip(values, edges, strict=True)])
+        second = b"".join([value[at:] for value, at in zip(values, edges, strict=True)])
+        rest = np.frombuffer(second, dtype=_OTHER)
+        numbers = np.arange(len(values))
         return cls(
             ids=list(entries),
             sessions=heads["session"].astype("<u8"),
             orders=heads["order"].astype("<i8"),
-            terms=postings["term"].astype("<u4"),
-            numbers=np.repeat(np.arange(len(values)), counts),
-            weights=postings["weight"].astype("u1"),
+            terms=np.concatenate([np.frombuffer(first, "<u4"), rest["term"]]),
+            numbers=np.concatenate([np.repeat(numbers, same), np.repeat(numbers, others)]),
+            weights=np.concatenate([np.repeat(heads["usual"], same), rest["weight"]]),
         )
 
     @classmethod

@@ -73,18 +73,22 @@ class Wanted:
 
 async def find(reader: Reader, wanted: Wanted) -> list[Hit]:
     """The best matches by their words, best first, ties by recency."""
-    ranked = await _ranked_with_parts(reader, wanted, wanted.top_k)
-    found: list[Hit] = []
-    looked_at = 0
-    while len(found) < wanted.top_k:
-        portion = list(ranked.portion(looked_at, wanted.top_k))
-        looked_at += len(portion)
-        portion = [each for each in portion if _is_enough(each[1], wanted)]
-        if not portion:
-            break
-        records = await reader.read([place for place, _ in portion])
-        found += _hits(records, [score for _, score in portion])
-    return _best(found, wanted)
+    most = wanted.top_k
+    while True:
+        ranked = await _ranked_with_parts(reader, wanted, most)
+        found: list[Hit] = []
+        looked_at = 0
+        while len(found) < wanted.top_k:
+            portion = list(ranked.portion(looked_at, wanted.top_k))
+            looked_at += len(portion)
+            portion = [each for each in portion if _is_enough(each[1], wanted)]
+            if not portion:
+                break
+            records = await reader.read([place for place, _ in portion])
+            found += _hits(records, [score for _, score in portion])
+        if len(found) >= wanted.top_k or ranked.complete or looked_at < len(ranked):
+            return _best(found, wanted)
+        most *= 4  # the best are gone, by their age say, and hide others
 
 
 async def ranked_by_words(reader: Reader, wanted: Wanted, most: int) -> dict[str, float]:
@@ -95,9 +99,11 @@ async def ranked_by_words(reader: Reader, wanted: Wanted, most: int) -> dict[str
     return {record_id: score for record_id, (_, score) in zip(ids, portion, strict=True)}
 
 
-async def best_of(reader: Reader, scores: Mapping[str, float], wanted: Wanted) -> list[Hit]:
+async def best_of(
+    reader: Reader, scores: Mapping[str, float], wanted: Wanted
+) -> tuple[list[Hit], bool]:
     """The best of records that somebody has scored, if they are there, and in the session that is
-    wanted."""
+    wanted; and whether some were not."""
     ranked = sorted(
         ((record_id, round(score, 6)) for record_id, score in scores.items() if score > 0),
         key=lambda each: -each[1],
@@ -113,7 +119,7 @@ async def best_of(reader: Reader, scores: Mapping[str, float], wanted: Wanted) -
         looked_at = end
         records = await reader.records([record_id for record_id, _ in portion])
         found += _hits(records, [score for _, score in portion])
-    return _best(found, wanted)
+    return _best(found, wanted), len(found) < min(looked_at, len(ranked))
 
 
 async def _ranked_with_parts(reader: Reader, wanted: Wanted, most: int) -> Ranked:

@@ -42,7 +42,11 @@ class MemoryIndex:
     def add(self, record: Record) -> None:
         analysis = analyze(record.message)
         record_id, session_id = record.record_id.encode(), record.scope.session_id or ""
-        self._entries[record_id] = encode_entry(session_id, record.order, analysis.weights)
+        if record_id in self._gone:
+            self.clean()  # it was there before, and a segment still knows it
+        self._entries[record_id] = encode_entry(
+            session_id, record.order, analysis.weights, analysis.usual
+        )
         self._texts[record_id] = analysis.text
         self._tidy()
 

@@ -106,7 +106,11 @@ class Place(NamedTuple):
 class Ranked:
     """The messages that answer a query, best first, the later of equals first."""
 
-    def __init__(self, scores: Array, places: Array, bases: Array) -> None:
+    def __init__(
+        self, scores: Array, places: Array, bases: Array, *, complete: bool = True
+    ) -> None:
+        self.complete = complete
+        """Whether these are all that answer."""
         self._scores = scores
         self._places = places
         self._bases = bases
@@ -164,14 +168,15 @@ def rank(
     candidates = np.flatnonzero(own)
     if session_id is not None:
         candidates = _of_session(parts, bases, candidates, session_digest(session_id))
-    if len(candidates) > max(_ALL, 2 * most):
+    complete = len(candidates) <= max(_ALL, 2 * most)
+    if not complete:
         candidates = _around_the_best(candidates, own, max(_ALL // 4, 2 * most))
     if not len(candidates):
         return NOTHING
     scores = _with_neighbours(parts, bases, candidates, found) / (possible * FULL)
     scores = np.round(scores, _DIGITS)
     best = np.lexsort((_recency(parts, bases, candidates), scores))[::-1]
-    return Ranked(scores[best], candidates[best], bases)
+    return Ranked(scores[best], candidates[best], bases, complete=complete)
 
 
 def _postings(parts: Sequence[Part], bases: Array, term: QueryTerm) -> tuple[Array, Array]:

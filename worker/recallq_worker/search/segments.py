@@ -60,8 +60,10 @@ class Segment(NamedTuple):
 
 def encode(messages: Messages, vocabulary: Iterable[str]) -> Segment:
     """The segment of at least one message, `MOST_MESSAGES` at most, in which tokens occur."""
-    place_of = messages.places()
     size = len(messages)
+    if not 0 < size <= MOST_MESSAGES:
+        raise ValueError(f"a segment of {size:,} messages")
+    place_of = messages.places()
     sessions = np.empty_like(messages.sessions)
     sessions[place_of] = messages.sessions
     orders = np.empty_like(messages.orders)
@@ -181,6 +183,8 @@ def postings_in(bucket: bytes, term: int) -> tuple[Array, Array] | None:
     Raises `DamagedIndex`.
     """
     many = int.from_bytes(bucket[:2], "little")
+    if len(bucket) < 2 + 6 * many:
+        raise DamagedIndex("a bucket of a segment")
     wanted = term.to_bytes(4, "little")
     at = bucket.find(wanted, 2, 2 + 4 * many)
     while at >= 0 and (at - 2) % 4:

@@ -129,7 +129,9 @@ class SemanticSearch(Generic[Rows]):
         """Records of a user that have text and no vector, or one of an earlier epoch than theirs,
         which a delete may remove."""
         there = await stored(user, list(dict.fromkeys(ids)))
-        epochs = await self.rows.epochs(user, list(there))
+        epochs = await self.rows.epochs(user, list(dict.fromkeys(ids)))
+        if lost := epochs.keys() - there.keys():
+            await self.rows.remove(user, lost)  # who embedded them died before they were gone
         return [
             record
             for record_id, record in there.items()
@@ -142,20 +144,31 @@ class SemanticSearch(Generic[Rows]):
         """The best matches, best first, ties by recency. Raises what a `Reader` does."""
         if not wanted.query.strip():
             return []
-        if self._strategy == "vector":
+        most = max(_FEWEST, _FOR_EACH_WANTED * wanted.top_k)
+        words: dict[str, float] = {}
+        vector: Vector | None
+        if self._strategy == "hybrid":
+            words, vector = await asyncio.gather(
+                ranked_by_words(reader, wanted, most), self._meaning_of(wanted.query)
+            )
+        else:
             vector = await self.embedder.of_query(wanted.query)
-            compared = await self.rows.compare(scope, vector, [], _most(wanted))
-            return await best_of(reader, dict(_named(compared.best)), wanted)
-        words, meaning = await asyncio.gather(
-            ranked_by_words(reader, wanted, _most(wanted)), self._meaning_of(wanted.query)
-        )
-        scores = {record_id: _WORDS * score for record_id, score in words.items()}
-        if meaning is not None:
-            compared = await self.rows.compare(scope, meaning, list(words), _most(wanted))
+        while True:
+            scores = {record_id: _WORDS * score for record_id, score in words.items()}
+            compared = Compared([], {})
+            if vector is not None:
+                compared = await self.rows.compare(scope, vector, list(words), most)
+            share = _MEANING if self._strategy == "hybrid" else 1.0
             cosines = dict(_named(compared.best)) | dict(_named(compared.asked.items()))
             for record_id, cosine in cosines.items():
-                scores[record_id] = scores.get(record_id, 0.0) + _MEANING * cosine
-        return await best_of(reader, scores, wanted)
+                scores[record_id] = scores.get(record_id, 0.0) + share * cosine
+            hits, some_are_gone = await best_of(reader, scores, wanted)
+            all_there_are = len(words) < most and len(compared.best) < most
+            if len(hits) >= wanted.top_k or not some_are_gone or all_there_are:
+                return hits
+            most *= 4  # what is gone, by its age say, hides others
+            if self._strategy == "hybrid":
+                words = await ranked_by_words(reader, wanted, most)
 
     async def _meaning_of(self, query: str) -> Vector | None:
         """The vector of a query; None if there is none in time."""
@@ -172,10 +185,6 @@ def text_of(message: Mapping[str, Any]) -> str:
     text = message_text(message)
     speaker = said_by(message)
     return f"{speaker}: {text}" if speaker and text.strip() else text.strip() and text
-
-
-def _most(wanted: Wanted) -> int:
-    return max(_FEWEST, _FOR_EACH_WANTED * wanted.top_k)
 
 
 def _named(scored: Iterable[tuple[bytes, float]]) -> Iterable[tuple[str, float]]:

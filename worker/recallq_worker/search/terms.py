@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import chain
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from recallq.messages import message_text
-from recallq_worker.search.text import Kind, Token, chunks, fold, term_of, tokens
+from recallq_worker.search.text import COUNTS, TERM, Kind, Token, codes, fold, term_of, tokens
 
 _SATURATION = 0.6
 """BM25's k1. Low: a word said twice says little more than once."""
@@ -46,8 +44,9 @@ _DATE_PART = re.compile(r"(?<![\d:])(\d{4}|\d{1,2})(?:st|nd|rd|th)?(?![\d:])|([^
 _MILLISECONDS = 1e11
 """Epoch times above are in milliseconds: in seconds, it would be the year 5138."""
 _MOST_OF_A_FIELD = 200
-_MOST_SAID = 20_000
-"""Terms of a message that are looked at; beyond them it is a book."""
+_NAMED_FIELDS = frozenset((*_SPEAKER_FIELDS, *_TIME_FIELDS))
+_MOST_TERMS = 20_000
+"""Distinct terms of a message that are looked at; beyond them it is a book."""
 _MOST_QUERIED = 100
 """Distinct terms of a query; whole conversations are used as queries."""
 
@@ -57,38 +56,66 @@ class Analysis(NamedTuple):
 
     weights: dict[int, int]
     """Its terms, with their weights from 1 to `FULL`."""
+    usual: int
+    """The weight of those that it says once."""
     text: str
     """Its text, folded, with every chunk in a line of its own."""
 
 
 def analyze(message: Mapping[str, Any]) -> Analysis:
     """The terms of a message, a JSON object."""
-    said_chunks = fold(message_text(message)).split()
-    cut = [chunks[chunk] for chunk in said_chunks]
-    said = list(chain.from_iterable(map(_TERMS, cut)))[:_MOST_SAID]
-    length = sum(map(_LENGTH, cut))
+    said = fold(message_text(message)).split()
+    counts: dict[int, int] = {}
+    length = 0
+    for found, count in Counter(map(codes.__getitem__, said)).items():
+        for code in found if isinstance(found, tuple) else (found,):
+            if code > TERM:
+                length += count
+                code -= COUNTS  # noqa: PLW2901  # what is left is the term
+            counts[code] = counts.get(code, 0) + count
+        if len(counts) > _MOST_TERMS:
+            break
     norm = _SATURATION * (1 - _LENGTH_MATTERS + _LENGTH_MATTERS * length / _USUAL_LENGTH)
-    counts = Counter(said)
-    weights = dict.fromkeys(counts, round(FULL / (1 + norm)) or 1)
-    if len(weights) < len(said):
-        for term in [term for term, count in counts.items() if count > 1]:
-            weights[term] = round(FULL * counts[term] / (counts[term] + norm))
+    usual = round(FULL / (1 + norm)) or 1
+    weights = {
+        term: usual if count == 1 else round(FULL * count / (count + norm)) or 1
+        for term, count in counts.items()
+    }
     if not _NAMED_FIELDS.isdisjoint(message):
-        for term, weight in _terms_of_fields(message):
+        for term, weight in _terms_of_fields(*_fields_of(message)):
             if weights.get(term, 0) < weight:
                 weights[term] = weight
-    return Analysis(weights, "\n".join(said_chunks))
+    return Analysis(weights, usual, "\n".join(said))
 
 
-def _terms_of_fields(message: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    for fields, terms_in, weight in _FIELDS:
-        for field in fields:
-            value = message.get(field)
-            # A bool is an int, and no time.
-            if isinstance(value, str | int | float) and not isinstance(value, bool):
-                short = value[:_MOST_OF_A_FIELD] if isinstance(value, str) else value
-                yield from ((term, weight) for term in terms_in(short))
-                break
+def lines_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, folded, as `Analysis` has it."""
+    return "\n".join(fold(message_text(message)).split())
+
+
+def _fields_of(message: Mapping[str, Any]) -> tuple[str, str | float]:
+    """Who speaks, and when, if the message says so."""
+    for field in _TIME_FIELDS:
+        when = message.get(field)
+        # A bool is an int, and no time.
+        if isinstance(when, str | int | float) and not isinstance(when, bool):
+            return said_by(message), when[:_MOST_OF_A_FIELD] if isinstance(when, str) else when
+    return said_by(message), ""
+
+
+@lru_cache(maxsize=4096)
+def _terms_of_fields(speaker: str, when: str | float) -> tuple[tuple[int, int], ...]:
+    """Terms and weights; of a time its year, its month by name and its day."""
+    found = [(token.term, _SPEAKER_WEIGHT) for token in tokens(speaker)]
+    text = when if isinstance(when, str) else _of_epoch(float(when))
+    if iso := _ISO_DATE.search(text):
+        year, month, day = (int(part) for part in iso.groups())
+        parts = [str(year), str(day)]
+        if 1 <= month <= len(_MONTHS):
+            parts.append(_MONTHS[month - 1])
+    else:
+        parts = [number.lstrip("0") or word for number, word in _DATE_PART.findall(fold(text))]
+    return (*found, *((term_of(part), _TIME_WEIGHT) for part in parts if part))
 
 
 def said_by(message: Mapping[str, Any]) -> str:
@@ -100,25 +127,6 @@ def said_by(message: Mapping[str, Any]) -> str:
     return ""
 
 
-@lru_cache(maxsize=4096)
-def _speaker_terms(name: str | float) -> tuple[int, ...]:
-    return tuple(token.term for token in tokens(name)) if isinstance(name, str) else ()
-
-
-@lru_cache(maxsize=4096)
-def _time_terms(value: str | float) -> tuple[int, ...]:
-    """Year, month by name and day of when a message says that it was said."""
-    text = value if isinstance(value, str) else _of_epoch(float(value))
-    if iso := _ISO_DATE.search(text):
-        year, month, day = (int(part) for part in iso.groups())
-        parts = [str(year), str(day)]
-        if 1 <= month <= len(_MONTHS):
-            parts.append(_MONTHS[month - 1])
-    else:
-        parts = [number.lstrip("0") or word for number, word in _DATE_PART.findall(fold(text))]
-    return tuple(term_of(part) for part in parts if part)
-
-
 def _of_epoch(seconds: float) -> str:
     try:
         if abs(seconds) > _MILLISECONDS:
@@ -126,14 +134,6 @@ def _of_epoch(seconds: float) -> str:
         return datetime.fromtimestamp(seconds, UTC).date().isoformat()
     except (OverflowError, OSError, ValueError):
         return ""
-
-
-_TERMS, _LENGTH = itemgetter(0), itemgetter(1)
-_NAMED_FIELDS = frozenset((*_SPEAKER_FIELDS, *_TIME_FIELDS))
-_FIELDS = (
-    (_TIME_FIELDS, _time_terms, _TIME_WEIGHT),
-    (_SPEAKER_FIELDS, _speaker_terms, _SPEAKER_WEIGHT),
-)
 
 
 @dataclass(slots=True)

@@ -68,41 +68,52 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
 
 
-class Chunk(NamedTuple):
-    """What comes of what stands between spaces."""
-
-    terms: tuple[int, ...]
-    """Those of the tokens."""
-    length: int
-    """How many of the tokens count for the length of a text."""
-    words: tuple[str, ...]
-    """The texts of the tokens that a part of a word may be looked for in."""
-    tokens: tuple[Token, ...]
-
-
-class _Chunks(dict[str, Chunk]):
+class _Chunks(dict[str, tuple[Token, ...]]):
     """Chunks that were cut before, as far as they are remembered."""
 
-    def __missing__(self, chunk: str) -> Chunk:
-        tokens = _tokens_of(chunk[:_LONGEST_CHUNK])
-        length = sum(token.kind is Kind.WORD or token.kind is Kind.PAIR for token in tokens)
-        words = tuple(token.text for token in tokens if token.kind is not Kind.STOP_WORD)
-        cut = Chunk(tuple(token.term for token in tokens), length, words, tokens)
+    def __missing__(self, chunk: str) -> tuple[Token, ...]:
+        found = _tokens_of(chunk[:_LONGEST_CHUNK])
         if len(chunk) <= _LONGEST_REMEMBERED:
             if len(self) >= _MOST_REMEMBERED:
                 self.clear()  # what people say often is soon known again
-            self[chunk] = cut
-        return cut
+            self[chunk] = found
+        return found
 
 
 chunks = _Chunks()
-"""What comes of a chunk of folded text, ``text.split()``."""
+"""The tokens of a chunk of folded text, of which ``text.split()`` makes a list."""
+
+COUNTS = 1 << 32
+"""Added to a term's code where it counts for the length of a text."""
+TERM = COUNTS - 1
+"""What of a code is the term."""
+
+
+class _Codes(dict[str, "int | tuple[int, ...]"]):
+    """The same chunks, as far as is needed to count terms."""
+
+    def __missing__(self, chunk: str) -> int | tuple[int, ...]:
+        found = tuple(
+            token.term | (COUNTS if token.kind in (Kind.WORD, Kind.PAIR) else 0)
+            for token in chunks[chunk]
+        )
+        code = found[0] if len(found) == 1 else found
+        if len(chunk) <= _LONGEST_REMEMBERED:
+            if len(self) >= _MOST_REMEMBERED:
+                self.clear()
+            self[chunk] = code
+        return code
+
+
+codes = _Codes()
+"""The code of a chunk's term, or those of several; see `COUNTS`. It is looked up for every word
+that is stored."""
 
 
 def tokens(text: str) -> Iterator[Token]:
     """The tokens of `text`, in order and each as often as it occurs."""
     for chunk in fold(text).split():
-        yield from chunks[chunk].tokens
+        yield from chunks[chunk]
 
 
 def term_of(word: str) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
+import numpy as np
+
 from recallq_worker.search.entries import Messages
 from recallq_worker.search.segments import MOST_MESSAGES, Segment, decode, encode
 from recallq_worker.search.vocabulary import still_in_use, tokens_in
@@ -63,7 +65,7 @@ def compacted(
     segments: Iterable[Mapping[bytes, bytes]],
     gone: Collection[bytes] = (),
 ) -> Segment | None:
-    """One segment of entries and segments, without the messages that are gone.
+    """One segment of entries and segments - at least one - without the messages that are gone.
 
     `texts` are those of the entries' messages, as `recallq_worker.search.terms.Analysis` has them.
     None if nothing is left. It is work for the processor. Raises `DamagedIndex`.
@@ -74,12 +76,13 @@ def compacted(
         messages, tokens = decode(fields)
         parts.append(messages)
         vocabulary |= tokens
-    together = Messages.joined(parts) if parts else None
-    if together is not None and gone:
-        before = len(together)
-        together = together.without(set(gone))
-        if len(together) < before:
-            vocabulary = still_in_use(vocabulary, set(together.terms.tolist()))
-    if together is None or not len(together):
-        return None
-    return encode(together, vocabulary)
+    together = Messages.joined(parts)
+    left = together.without(set(gone)) if gone else together
+    if len(left) < len(together):
+        before = np.unique(together.terms, return_counts=True)
+        after = np.unique(left.terms, return_counts=True)
+        fewer = dict(zip(*(each.tolist() for each in before), strict=True))
+        terms = dict(zip(*(each.tolist() for each in after), strict=True))
+        removed = {term for term, count in fewer.items() if terms.get(term, 0) < count}
+        vocabulary = still_in_use(vocabulary, terms, removed)
+    return encode(left, vocabulary) if len(left) else None

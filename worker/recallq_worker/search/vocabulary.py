@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from recallq_worker.search.english import stem
 from recallq_worker.search.text import Kind, Token, chunks
 
 _LONGEST = 200
@@ -22,18 +23,32 @@ def tokens_in(texts: Iterable[str]) -> set[str]:
     for text in texts:
         seen.update(text.split("\n"))
     seen.discard("")
-    found: set[str] = set()
-    for chunk in seen:
-        found.update(chunks[chunk].words)
-    return {token for token in found if len(token) <= _LONGEST}
-
-
-def still_in_use(tokens: Iterable[str], terms: Collection[int]) -> set[str]:
-    """Those of the tokens whose terms occur."""
     return {
-        token
-        for token in tokens
-        if any(each.text == token and each.term in terms for each in chunks[token].tokens)
+        token.text
+        for chunk in seen
+        for token in chunks[chunk]
+        if token.kind is not Kind.STOP_WORD and len(token.text) <= _LONGEST
+    }
+
+
+def still_in_use(
+    tokens: Iterable[str], terms: Collection[int], removed: Collection[int]
+) -> set[str]:
+    """What of the tokens is left when messages are removed, with the terms that are left and those
+    of the removed.
+
+    Of several forms of a word that others still say, nobody knows whose they were; what they share
+    takes their place.
+    """
+    forms: dict[int, list[Token]] = {}
+    for text in tokens:
+        for token in chunks[text]:
+            if token.text == text and token.term in terms:
+                forms.setdefault(token.term, []).append(token)
+    return {
+        stem(token.text) if term in removed and len(same) > 1 else token.text
+        for term, same in forms.items()
+        for token in same
     }
 
 
@@ -52,7 +67,7 @@ def with_part(vocabularies: Iterable[str], part: str, most: int) -> list[Token]:
     found = {
         token
         for line in lines
-        for token in chunks[line].tokens
+        for token in chunks[line]
         if part in token.text and token.kind is not Kind.STOP_WORD
     }
     ranked = sorted(found, key=lambda each: (not each.text.startswith(part), len(each.text), each))

@@ -50,7 +50,8 @@ class RedisReader:
         self._scope = scope
         self._oldest = oldest
         self._segments: list[str] = []
-        self._entries: EntriesPart
+        self._entries: EntriesPart | None = None
+        self._new: dict[bytes, bytes] = {}
 
     async def look_up(self, terms: Sequence[int]) -> Snapshot:
         """Raises `StaleIndex`, `DamagedIndex`."""
@@ -61,12 +62,14 @@ class RedisReader:
                 args=[keys.segments, VERSION, *dict.fromkeys(terms)],
             )
         )
+        self._segments, self._entries, self._new = [], None, {}
         if said is None:
             return Snapshot([], 0)
         if said == 0:
             raise StaleIndex
         total, entries, segments = said
-        self._entries = EntriesPart(dict(pairs(entries)))
+        self._new = dict(pairs(entries))
+        self._entries = EntriesPart(self._new)
         parts: list[tuple[int, str, Part]] = []
         for name, about, sessions, buckets in segments:
             if sessions is None:
@@ -92,7 +95,7 @@ class RedisReader:
                 known = vocabulary_in(value)
                 self._remembered.keep_vocabulary(key, known)
             found.append(known)
-        return [*found, *await self._index.texts_of(self._keys, self._entries.ids)]
+        return [*found, *await self._index.texts_of(self._keys, self._new)]
 
     async def read(self, places: Sequence[Place]) -> Sequence[Record | None]:
         ids, values = await self._at(places, values=True)
@@ -121,7 +124,7 @@ class RedisReader:
         # Where the reply has each: entries come first in it.
         order: list[tuple[bool, int]] = []
         for part, number in places:
-            if part == len(self._segments):
+            if part == len(self._segments) and self._entries is not None:
                 order.append((True, len(direct)))
                 direct.append(self._entries.ids[number])
             else:
@@ -136,6 +139,8 @@ class RedisReader:
         )
         if said is None:
             raise Moved
+        if said == 0:
+            raise DamagedIndex("the ids of a segment")
         where = [at if is_direct else len(direct) + at for is_direct, at in order]
         found, its_values = said
         return [found[at] for at in where], [its_values[at] for at in where if values]

@@ -1,6 +1,6 @@
 """Texts of records and vocabularies of segments, as far as a process remembers them.
 
-Neither ever changes under its name, so what is remembered is right. Only who looks for a part of a
+Neither ever changes under what it is remembered by, so it is right. Only who looks for a part of a
 word needs them, and who makes segments; remembering spares reading the records for that.
 """
 
@@ -21,15 +21,15 @@ class Remembered:
     """What one process remembers, within a number of bytes."""
 
     def __init__(self) -> None:
-        self._texts: _Lately[tuple[str, bytes]] = _Lately(_RECORDS_BYTES)
+        self._texts: _Lately[tuple[str, bytes, int]] = _Lately(_RECORDS_BYTES)
         self._vocabularies: _Lately[str] = _Lately(_SEGMENTS_BYTES)
 
-    def text_of(self, base: str, record_id: bytes) -> str | None:
-        """A record's text, folded."""
-        return self._texts.get((base, record_id))
+    def text_of(self, base: str, record_id: bytes, entry: bytes) -> str | None:
+        """The text of the record that has this entry: an id may be stored again with another."""
+        return self._texts.get((base, record_id, hash(entry)))
 
-    def keep_text(self, base: str, record_id: bytes, text: str) -> None:
-        self._texts.put((base, record_id), text)
+    def keep_text(self, base: str, record_id: bytes, entry: bytes, text: str) -> None:
+        self._texts.put((base, record_id, hash(entry)), text)
 
     def vocabulary_of(self, segment: str) -> str | None:
         """The tokens of the segment under a key, by lines."""

@@ -33,7 +33,7 @@ from recallq.redis_client import (
     redact,
 )
 from recallq_worker.backends.base import Added, Hit, Record
-from recallq_worker.backends.redis import scripts
+from recallq_worker.backends.redis import index_scripts, scripts
 from recallq_worker.backends.redis.index import IndexKeys, RedisIndex
 from recallq_worker.backends.redis.reader import RedisReader, StaleIndex
 from recallq_worker.backends.redis.remembered import Remembered
@@ -76,6 +76,7 @@ class RedisStore:
 
     name: ClassVar[str] = "redis"
     single_process: ClassVar[bool] = False
+    indexes = False
 
     def __init__(
         self,
@@ -94,7 +95,8 @@ class RedisStore:
         self._max_messages = max_messages_per_session
         self._connect_timeout = connect_timeout
         self._semantic = semantic
-        self.indexes = semantic is not None
+        if semantic is not None:
+            self.indexes = True
         self._redis: RedisClient
 
     @classmethod
@@ -124,14 +126,13 @@ class RedisStore:
         self._page = self._redis.register_script(scripts.PAGE)
         self._fence = self._redis.register_script(scripts.FENCE)
         self._delete = self._redis.register_script(scripts.DELETE)
-        self._look_up = self._redis.register_script(scripts.LOOK_UP)
-        self._read_places = self._redis.register_script(scripts.READ)
+        self._look_up = self._redis.register_script(index_scripts.LOOK_UP)
+        self._read_places = self._redis.register_script(index_scripts.READ)
         self._add = self._redis.register_script(scripts.ADD)
         self._remembered = Remembered()
         self._index = RedisIndex(
             self._redis,
             self._asking,
-            ttl=self._ttl,
             remembered=self._remembered,
             forget=None if self._semantic is None else self._semantic.rows.forget,
         )
@@ -202,9 +203,10 @@ class RedisStore:
     def _entry(self, base: str, record: Record) -> bytes:
         """What a record is found by until it is in a segment."""
         analysis = analyze(record.message)
-        record_id = record.record_id.encode()
-        self._remembered.keep_text(base, record_id, analysis.text)
-        return encode_entry(record.scope.session_id or "", record.order, analysis.weights)
+        session_id = record.scope.session_id or ""
+        entry = encode_entry(session_id, record.order, analysis.weights, analysis.usual)
+        self._remembered.keep_text(base, record.record_id.encode(), entry, analysis.text)
+        return entry
 
     async def _add_all(self, calls: list[tuple[list[str], list[Any]]]) -> list[list[Any]]:
         """All users in one round trip."""
@@ -353,14 +355,16 @@ class RedisStore:
             yield self._base(user.tenant, user.user_id)
             return
         beginning = f"{self._keys.namespace}:m:"
-        pattern = re.sub(r"([*?\[\]\\])", r"\\\1", beginning) + "{*}:o"
+        pattern = re.sub(r"([*?\[\]\\])", r"\\\1", beginning) + "{*}:[oi]"
         cursor = 0
-        seen: set[bytes] = set()
+        seen: set[str] = set()
         while True:
             cursor, keys = await self._asking(self._redis.scan(cursor, match=pattern, count=1000))
-            for key in cast("set[bytes]", set(keys)) - seen:
-                seen.add(key)
-                yield key.decode().removesuffix(":o")
+            # Order or index: of a user whom another version has deleted, the latter is left.
+            bases = {key.decode()[:-2] for key in cast("list[bytes]", keys)} - seen
+            for base in bases:
+                yield base
+            seen |= bases
             if cursor == 0:
                 return
 
@@ -369,7 +373,7 @@ class RedisStore:
         old one meanwhile, if that is of use. Returns the number of messages, None if not."""
         if not anyway and await self._index.is_sound(base):
             return None
-        return await self._index.rebuild(base)
+        return await self._index.rebuild(base, anyway=True)
 
     async def embed(self, base: str) -> int | None:
         """Gives a user's messages vectors where they have none, and says how many; None if it

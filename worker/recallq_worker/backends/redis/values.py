@@ -22,10 +22,12 @@ def parts_of(record_id: bytes, value: bytes | None) -> tuple[int, int, str, dict
     other memories stay readable."""
     try:
         epoch, order, session_id, message = orjson.loads(value or b"")
+        whole = isinstance(session_id, str) and isinstance(message, dict)
+        whole = whole and isinstance(epoch, int) and isinstance(order, int)
     except (TypeError, ValueError):
-        log.error(  # noqa: TRY400  # the traceback would quote what a user said
-            "record %s of a user is damaged and left out", record_id.decode(errors="replace")
-        )
+        whole = False
+    if not whole or abs(order) >= 2**63:
+        log.error("record %s of a user is damaged and left out", record_id.decode(errors="replace"))
         return None
     return epoch, order, session_id, cast("dict[str, Any]", message)
 

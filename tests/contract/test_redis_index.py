@@ -1,0 +1,563 @@
+"""The index of the redis backend: kept by any number of workers, of any version, that may die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import zlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import orjson
+import pytest
+
+from recallq.contract import Scope
+from recallq.redis_client import RedisClient
+from recallq_worker.backends.base import Added, Record
+from recallq_worker.backends.redis import RedisStore
+from recallq_worker.backends.redis import index as index_module
+from recallq_worker.backends.redis.index import RedisIndex
+from recallq_worker.reindexing import reindex
+from recallq_worker.search import upkeep
+from recallq_worker.settings import WorkerSettings
+from tests.contract.store_conformance import record
+from tests.support import eventually, redis_at
+
+
+@asynccontextmanager
+async def opened(redis_url: str, namespace: str, **options: Any) -> AsyncIterator[RedisStore]:
+    store = RedisStore(redis_url, namespace=namespace, **options)
+    await store.start()
+    try:
+        yield store
+    finally:
+        await store.stop()
+
+
+@pytest.fixture
+async def store(redis_url: str, namespace: str) -> AsyncIterator[RedisStore]:
+    async with opened(redis_url, namespace) as store:
+        yield store
+
+
+@pytest.fixture
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a segment of every eight messages."""
+    monkeypatch.setattr(upkeep, "ENTRIES", 8)
+
+
+async def found(store: RedisStore, user: str, query: str, session: str | None = None) -> list[str]:
+    hits = await store.search(
+        Scope("default", user, session), query, top_k=1000, score_threshold=None
+    )
+    return [hit.record.record_id for hit in hits]
+
+
+async def is_sound(store: RedisStore, user: str) -> bool:
+    """Whether the index has just the messages that there are."""
+    return await store._index.is_sound(store._base("default", user))
+
+
+async def everything(redis_url: str, namespace: str) -> str:
+    """All that is in Redis, in readable form: what is compressed is unpacked."""
+    pieces: list[bytes] = []
+    async with redis_at(redis_url) as redis:
+        async for key in redis.scan_iter(f"{namespace}:*"):
+            pieces.append(key)
+            match await redis.type(key):
+                case b"hash":
+                    for field, value in (await fields_of(redis, key)).items():
+                        pieces += [field, value]
+                        if value[:1] == b"\x78":
+                            pieces.append(zlib.decompress(value))
+                case b"zset":
+                    pieces += cast("list[bytes]", await redis.zrange(key, 0, -1))
+                case _:
+                    pieces.append(cast("bytes | None", await redis.get(key)) or b"")
+    return b"\n".join(pieces).decode(errors="replace")
+
+
+async def fields_of(redis: RedisClient, key: str) -> dict[bytes, bytes]:
+    return cast("dict[bytes, bytes]", await redis.hgetall(key))
+
+
+async def segments(redis_url: str, namespace: str, user: str) -> dict[str, int]:
+    """Names of the segments, and how many messages each has."""
+    async with redis_at(redis_url) as redis:
+        index = await fields_of(redis, f"{namespace}:m:{{default/{user}}}:i")
+    return {
+        name[1:].decode(): int(about.split()[0])
+        for name, about in index.items()
+        if name.startswith(b"s")
+    }
+
+
+class TestGrowing:
+    async def test_entries_become_segments_and_everything_is_found(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        added = [record(user, f"tea number{n} of many", session=f"s{n // 50}") for n in range(1200)]
+        for start in range(0, len(added), 40):
+            await store.add(added[start : start + 40])
+        await store.settled()
+        sizes = await segments(redis_url, namespace, user)
+        assert 1 <= len(sizes) <= 8
+        assert sum(sizes.values()) > 1000
+        assert await is_sound(store, user)
+        for number in (0, 3, 777, 1199):
+            assert (await found(store, user, f"number{number}"))[0] == added[number].record_id
+        assert len(await found(store, user, "tea", "s3")) == 50
+        newest = await store.search(Scope("default", user), "tea", top_k=3, score_threshold=None)
+        assert [hit.record for hit in newest] == added[:-4:-1], "ties by recency"
+
+    async def test_a_part_of_a_word_is_found_wherever_it_is(
+        self, store: RedisStore, small_segments: None, user: str
+    ) -> None:
+        await store.add([record(user, f"filler {n}") for n in range(8)])
+        await store.settled()
+        await store.add([record(user, "Strawberries from order B-77123", record_id="a")])
+        assert await found(store, user, "awberr") == ["a"], "among what is new"
+        await store.add([record(user, f"filler {n}") for n in range(8, 24)])
+        await store.settled()
+        assert await found(store, user, "awberr") == ["a"], "in a segment"
+        assert await found(store, user, "7712") == ["a"]
+        assert await found(store, user, "b-7712") == ["a"]
+
+    async def test_adding_again_enters_nothing_again(
+        self, store: RedisStore, small_segments: None, user: str
+    ) -> None:
+        added = [record(user, f"tea {n}") for n in range(20)]
+        for _ in range(3):
+            await store.add(added)
+            await store.settled()
+        assert await is_sound(store, user)
+        assert len(await found(store, user, "tea")) == 20
+
+    async def test_messages_of_one_add_are_in_their_order(
+        self, store: RedisStore, small_segments: None, user: str
+    ) -> None:
+        job = [record(user, "tea", order=7, record_id=f"j-{n:05x}") for n in range(30)]
+        await store.add(job)
+        await store.settled()
+        assert await found(store, user, "tea") == [each.record_id for each in reversed(job)]
+
+    async def test_hostile_ids_and_texts(
+        self, store: RedisStore, small_segments: None, user: str
+    ) -> None:
+        odd = ['"', "\\", "\n", "[]", "a\0b", "é", "👩‍👧", " ", "x" * 300]
+        await store.add(
+            [record(user, "tea \ud7ff \uffff \0", record_id=each, session=each) for each in odd]
+        )
+        await store.settled()
+        assert sorted(await found(store, user, "tea")) == sorted(odd)
+        for each in odd:
+            assert await found(store, user, "tea", each) == [each]
+
+
+class TestDeleting:
+    async def test_nothing_is_left_of_what_was_deleted(
+        self, store: RedisStore, small_segments: None, redis_url: str, namespace: str, user: str
+    ) -> None:
+        await store.add(
+            [
+                record(user, f"tea xylophone{n} zebra{n}", session=f"s{n % 3}", record_id=f"id{n}z")
+                for n in range(60)
+            ]
+        )
+        await store.settled()
+        assert await store.delete(Scope("default", user, "s1"), before_epoch=1) == 20
+        left = await everything(redis_url, namespace)
+        for number in range(60):
+            deleted = number % 3 == 1
+            for trace in (f"id{number}z", f"xylophone{number}", f"zebra{number}"):
+                assert (f"{trace}\n" in left + "\n" or f'"{trace}"' in left) != deleted, trace
+        assert len(await found(store, user, "tea")) == 40
+        assert await is_sound(store, user)
+        await store.delete(Scope("default", user), before_epoch=2)
+        left = await everything(redis_url, namespace)
+        assert left.split("\n") == [f"{namespace}:m:{{default/{user}}}:f", "*", "2"]
+
+    async def test_deleting_a_session_of_many_does_not_touch_the_segments_of_others(
+        self, store: RedisStore, small_segments: None, redis_url: str, namespace: str, user: str
+    ) -> None:
+        for number in range(3):
+            await store.add([record(user, "tea", session=f"s{number}") for _ in range(8)])
+            await store.settled()
+        before = await segments(redis_url, namespace, user)
+        await store.delete(Scope("default", user, "s1"), before_epoch=1)
+        after = await segments(redis_url, namespace, user)
+        assert len(before) == 3
+        assert len(after) == 2
+        assert after.items() < before.items()
+
+    @pytest.mark.parametrize("whole_user", [False, True])
+    async def test_a_frozen_worker_brings_nothing_back(
+        self,
+        redis_url: str,
+        namespace: str,
+        user: str,
+        small_segments: None,
+        monkeypatch: pytest.MonkeyPatch,
+        whole_user: bool,
+    ) -> None:
+        """It has read what is to become a segment, and goes on after a delete by another."""
+        async with opened(redis_url, namespace) as frozen, opened(redis_url, namespace) as other:
+            monkeypatch.setattr(index_module, "_LOCK_PATIENCE", 0.05)
+            reading, thawed = asyncio.Event(), asyncio.Event()
+            replace = RedisIndex._replace
+
+            async def later(self: RedisIndex, *args: Any, **more: Any) -> bool:
+                if self is frozen._index:
+                    reading.set()
+                    await thawed.wait()
+                return await replace(self, *args, **more)
+
+            monkeypatch.setattr(RedisIndex, "_replace", later)
+            await frozen.add([record(user, "tea secretword", session="a") for _ in range(8)])
+            await reading.wait()
+            await other.add([record(user, "tea kept", session="b", record_id="kept", epoch=1)])
+            scope = Scope("default", user, None if whole_user else "a")
+            assert await other.delete(scope, before_epoch=1) == 8
+            thawed.set()
+            await frozen.settled()
+            assert await found(other, user, "tea") == ["kept"]
+            assert "secretword" not in await everything(redis_url, namespace)
+            assert await is_sound(other, user)
+
+    async def test_a_rebuild_that_was_under_way_brings_nothing_back(
+        self,
+        redis_url: str,
+        namespace: str,
+        user: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        async with opened(redis_url, namespace) as frozen, opened(redis_url, namespace) as other:
+            monkeypatch.setattr(index_module, "_LOCK_PATIENCE", 0.05)
+            await frozen.add([record(user, "tea secretword", session="a") for _ in range(8)])
+            await frozen.add([record(user, "tea kept", session="b", record_id="kept")])
+            reading, thawed = asyncio.Event(), asyncio.Event()
+            replace = RedisIndex._replace
+
+            async def later(self: RedisIndex, *args: Any, **more: Any) -> bool:
+                if self is frozen._index and not thawed.is_set():
+                    reading.set()
+                    await thawed.wait()
+                return await replace(self, *args, **more)
+
+            monkeypatch.setattr(RedisIndex, "_replace", later)
+            rebuilding = asyncio.create_task(
+                frozen.reindex(frozen._base("default", user), anyway=True)
+            )
+            await reading.wait()
+            await other.delete(Scope("default", user, "a"), before_epoch=1)
+            thawed.set()
+            await rebuilding
+            assert await found(other, user, "tea") == ["kept"]
+            assert "secretword" not in await everything(redis_url, namespace)
+
+    async def test_what_is_trimmed_is_forgotten_in_time(
+        self, redis_url: str, namespace: str, user: str, small_segments: None
+    ) -> None:
+        async with opened(redis_url, namespace, max_messages_per_session=10) as store:
+            for number in range(100):
+                await store.add([record(user, f"tea word{number}x")])
+            await store.settled()
+            assert await is_sound(store, user)
+            assert len(await found(store, user, "tea")) == 10
+            assert await found(store, user, "word3x") == []
+            sizes = await segments(redis_url, namespace, user)
+            assert sum(sizes.values()) <= 30, "not everything that was ever there"
+
+
+class TestTrouble:
+    async def test_an_index_of_another_version_is_made_anew_by_whoever_searches(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        await store.add([record(user, f"tea {n}") for n in range(300)])
+        await store.settled()
+        base = f"{namespace}:m:{{default/{user}}}"
+        async with redis_at(redis_url) as redis:
+            await redis.hset(f"{base}:i", mapping={"v": "0", "sold": "9 0 0"})
+            await redis.hset(f"{base}:n:old", "x", "not a segment")
+        assert len(await found(store, user, "tea")) == 300
+        assert await is_sound(store, user)
+        async with redis_at(redis_url) as redis:
+            assert not await redis.exists(f"{base}:n:old")
+
+    async def test_records_of_before_there_was_an_index(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        """And an add that comes before anybody searches."""
+        await store.add([record(user, f"tea {n}") for n in range(20)])
+        base = f"{namespace}:m:{{default/{user}}}"
+        async with redis_at(redis_url) as redis:
+            await redis.delete(f"{base}:i", f"{base}:e")
+        await store.add([record(user, "tea 20")])
+        await store.settled()
+        assert await is_sound(store, user), "the add saw to it"
+        assert len(await found(store, user, "tea")) == 21
+
+    async def test_what_a_worker_of_before_adds_and_removes_is_noticed(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        """It runs beside this one while a fleet is brought up to date, and knows no index."""
+        await store.add([record(user, f"tea {n}", record_id=f"r{n}") for n in range(5)])
+        base = f"{namespace}:m:{{default/{user}}}"
+        value = orjson.dumps([0, 1, "s", {"role": "user", "content": "tea unseen"}])
+        async with redis_at(redis_url) as redis:
+            await redis.zadd(f"{base}:o", {"x": 1})
+            await redis.zadd(f"{base}:s:s", {"x": 1})
+            await redis.hset(f"{base}:r", "x", value)
+        assert await found(store, user, "unseen") == ["x"]
+        async with redis_at(redis_url) as redis:
+            for key in ("o", "s:s"):
+                await redis.zrem(f"{base}:{key}", "r1")
+            await redis.hdel(f"{base}:r", "r1")
+        assert "r1" not in await found(store, user, "tea")
+        assert await is_sound(store, user)
+
+    @pytest.mark.parametrize("field", [b"s", b"o", b"v", b"d0", b"b0", None])
+    async def test_a_damaged_segment_is_made_anew(
+        self,
+        store: RedisStore,
+        small_segments: None,
+        redis_url: str,
+        namespace: str,
+        user: str,
+        field: bytes | None,
+    ) -> None:
+        """One field of it, or all of it is gone."""
+        await store.add([record(user, f"tea {n}") for n in range(8)])
+        await store.settled()
+        (name,) = await segments(redis_url, namespace, user)
+        key = f"{namespace}:m:{{default/{user}}}:n:{name}"
+        async with redis_at(redis_url) as redis:
+            if field is None:
+                await redis.delete(key)
+            else:
+                await redis.hset(key, field, b"\xff\xff" if field == b"b0" else b"torn")
+        for _ in range(20):  # and whoever merges it finds out, too
+            await store.add([record(user, "tea", epoch=0)])
+            await store.settled()
+        assert len(await found(store, user, "tea")) == 28
+        assert len(await found(store, user, "te")) == 28
+
+    async def test_a_segment_that_nobody_put_in_place_expires(
+        self,
+        redis_url: str,
+        namespace: str,
+        user: str,
+        small_segments: None,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Its maker died between the two steps; the next add sees to the entries."""
+
+        async def die(self: RedisIndex, *_: Any, **__: Any) -> bool:
+            raise SystemError("killed")
+
+        async with opened(redis_url, namespace) as store:
+            with monkeypatch.context() as patched:
+                patched.setattr(RedisIndex, "_replace", die)
+                patched.setattr(RedisIndex, "_drop", lambda *_: asyncio.sleep(0))
+                await store.add([record(user, f"tea {n}") for n in range(8)])
+                await store.settled()
+            async with redis_at(redis_url) as redis:
+                keys = [key async for key in redis.scan_iter(f"{namespace}:m:*:n:*")]
+                assert len(keys) == 1
+                assert 0 < await redis.ttl(keys[0]) <= 3600
+                await redis.delete(f"{namespace}:m:{{default/{user}}}:l")
+            await store.add([record(user, "tea 8")])
+            await store.settled()
+            assert sum((await segments(redis_url, namespace, user)).values()) == 9
+            assert len(await found(store, user, "tea")) == 9
+
+    async def test_a_ttl_holds_for_the_index(
+        self, redis_url: str, namespace: str, user: str, small_segments: None
+    ) -> None:
+        async with opened(redis_url, namespace, ttl=3600) as store:
+            async with redis_at(redis_url) as redis:
+                seconds, _ = await redis.time()
+            fresh = [record(user, "tea") for _ in range(20)]
+            fresh = [
+                Record(each.record_id, each.scope, seconds * 1_000_000 + n, 0, each.message)
+                for n, each in enumerate(fresh)
+            ]
+            for each in fresh:
+                await store.add([each])
+                await store.settled()
+            async with redis_at(redis_url) as redis:
+                keys = [key async for key in redis.scan_iter(f"{namespace}:m:*")]
+                assert any(b":n:" in key for key in keys)
+                for key in keys:
+                    assert 3500 < await redis.ttl(key) <= 3600, key
+        async with opened(redis_url, namespace) as store:
+            await store.add([record(user, "tea")])
+            async with redis_at(redis_url) as redis:
+                keys = [key async for key in redis.scan_iter(f"{namespace}:m:*")]
+                assert [await redis.ttl(key) for key in keys if b":l" not in key[-2:]] == [
+                    -1 for key in keys
+                ], "without one, it is lifted everywhere"
+
+    @pytest.mark.parametrize("seed", range(4))
+    async def test_many_workers_and_a_user(
+        self,
+        seed: int,
+        redis_url: str,
+        namespace: str,
+        user: str,
+        small_segments: None,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Adds, deletes and searches at random by three of them; tending is cut off now and then.
+        Whatever comes of it, searches find what is listed."""
+        monkeypatch.setattr(index_module, "_LOCK_PATIENCE", 0.05)
+        chance = random.Random(seed)
+        epoch = 0
+
+        async def work(store: RedisStore) -> None:
+            nonlocal epoch
+            for _ in range(60):
+                dice = chance.random()
+                session = f"s{chance.randrange(4)}"
+                if dice < 0.75:
+                    many = chance.choice((1, 1, 3, 9))
+                    await store.add(
+                        [
+                            record(user, f"tea {n}", session=session, epoch=epoch)
+                            for n in range(many)
+                        ]
+                    )
+                elif dice < 0.85:
+                    epoch += 1
+                    scope = Scope("default", user, session if dice < 0.83 else None)
+                    await store.delete(scope, before_epoch=epoch)
+                elif dice < 0.9:
+                    await store.reindex(store._base("default", user), anyway=True)
+                elif dice < 0.95:
+                    for task in list(store._index._tending.values()):
+                        task.cancel()
+                else:
+                    await found(store, user, "tea")
+
+        async with (
+            opened(redis_url, namespace) as one,
+            opened(redis_url, namespace) as two,
+            opened(redis_url, namespace) as three,
+        ):
+            await asyncio.gather(*(work(each) for each in (one, two, three)))
+            for each in (one, two, three):
+                await each.settled()
+            assert await is_sound(one, user)
+            records = await one.list(Scope("default", user), offset=0, limit=1000)
+            listed = sorted(each.record_id for each in records)
+            assert sorted(await found(two, user, "tea")) == listed
+            await one._index.clean(one._base("default", user))
+            assert sorted(await ids_in_the_index(redis_url, namespace, user)) == listed
+
+
+async def ids_in_the_index(redis_url: str, namespace: str, user: str) -> list[str]:
+    base = f"{namespace}:m:{{default/{user}}}"
+    async with redis_at(redis_url) as redis:
+        ids = [each.decode() for each in await fields_of(redis, f"{base}:e")]
+        for name in await segments(redis_url, namespace, user):
+            for field, value in (await fields_of(redis, f"{base}:n:{name}")).items():
+                if field.startswith(b"d"):
+                    ids += json.loads(value)
+    return ids
+
+
+class TestReindexing:
+    def settings(self, redis_url: str, namespace: str, **more: Any) -> WorkerSettings:
+        return WorkerSettings.load(redis_url=redis_url, namespace=namespace, **more)
+
+    async def test_rebuilds_what_is_not_as_it_should_be(
+        self, store: RedisStore, redis_url: str, namespace: str
+    ) -> None:
+        users = ["ann", "bob/x", "用户", "l" * 300]
+        for each in users:
+            await store.add([record(each, "tea") for _ in range(3)])
+        async with redis_at(redis_url) as redis:
+            for each in ("ann", "bob%2Fx"):
+                await redis.hset(f"{namespace}:m:{{default/{each}}}:i", "v", "0")
+        settings = self.settings(redis_url, namespace)
+        seen: list[int] = []
+        done = await reindex(settings, advance=lambda so_far: seen.append(so_far.users))
+        assert (done.users, done.rebuilt, done.messages) == (4, 2, 6)
+        assert seen == [1, 2, 3, 4]
+        assert (await reindex(settings)).rebuilt == 0
+        assert (await reindex(settings, everything=True)).rebuilt == 4
+        alone = await reindex(settings, Scope("default", "ann"), everything=True)
+        assert (alone.users, alone.rebuilt) == (1, 1)
+
+    async def test_searches_go_on_while_a_sound_index_is_made_anew(
+        self, store: RedisStore, user: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await store.add([record(user, f"tea {n}") for n in range(50)])
+        reading, go_on = asyncio.Event(), asyncio.Event()
+        replace = RedisIndex._replace
+
+        async def later(self: RedisIndex, *args: Any, **more: Any) -> bool:
+            reading.set()
+            await go_on.wait()
+            return await replace(self, *args, **more)
+
+        monkeypatch.setattr(RedisIndex, "_replace", later)
+        rebuilding = asyncio.create_task(store.reindex(store._base("default", user), anyway=True))
+        await reading.wait()
+        assert len(await found(store, user, "tea")) == 50
+        assert await store.add([record(user, "tea meanwhile", record_id="new")]) == [Added.NEW]
+        assert await found(store, user, "meanwhile") == ["new"]
+        go_on.set()
+        assert await rebuilding == 50
+        assert len(await found(store, user, "tea")) == 51
+        assert await is_sound(store, user)
+
+    async def test_many_messages_with_one_order_key(
+        self, store: RedisStore, user: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(index_module, "_PAGE", 10)
+        await store.add([record(user, "tea", order=5) for _ in range(35)])
+        await store.add([record(user, "tea") for _ in range(35)])
+        assert await store.reindex(store._base("default", user), anyway=True) == 70
+        assert len(await found(store, user, "tea")) == 70
+
+    async def test_a_damaged_record_is_not_in_the_way(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        await store.add([record(user, f"tea {n}", record_id=f"r{n}") for n in range(3)])
+        base = f"{namespace}:m:{{default/{user}}}"
+        async with redis_at(redis_url) as redis:
+            await redis.hset(f"{base}:r", "r1", "{torn")
+            await redis.hset(f"{base}:i", "v", "0")
+        assert sorted(await found(store, user, "tea")) == ["r0", "r2"]
+        assert await is_sound(store, user), "else it would be made anew by every search"
+
+    async def test_a_search_waits_for_a_rebuild_that_is_under_way(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        """Twenty at once make the index anew once, in each process."""
+        async with opened(redis_url, namespace) as one, opened(redis_url, namespace) as two:
+            await one.add([record(user, f"tea {n}") for n in range(200)])
+            async with redis_at(redis_url) as redis:
+                await redis.hset(f"{namespace}:m:{{default/{user}}}:i", "v", "0")
+            searches: Sequence[list[str]] = await asyncio.gather(
+                *(found(each, user, "tea") for each in (one, two) for _ in range(10))
+            )
+            assert {len(each) for each in searches} == {200}
+
+
+async def test_an_idle_store_leaves_nothing_behind(
+    redis_url: str, namespace: str, user: str, small_segments: None
+) -> None:
+    async with opened(redis_url, namespace) as store:
+        await store.add([record(user, f"tea {n}") for n in range(50)])
+
+    async def unlocked() -> bool:
+        async with redis_at(redis_url) as redis:
+            return not await redis.exists(f"{namespace}:m:{{default/{user}}}:l")
+
+    await eventually(unlocked)
+    async with opened(redis_url, namespace) as store:
+        assert len(await found(store, user, "tea")) == 50

@@ -1,0 +1,301 @@
+"""The redis backend, searched by meaning: vectors come in the second step, and go with records."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import pytest
+
+from recallq.contract import Scope
+from recallq.errors import BackendUnavailable, ConfigurationError
+from recallq_worker.backends.base import Record
+from recallq_worker.backends.redis import RedisStore
+from recallq_worker.backends.redis.vector_rows import RedisVectorRows
+from recallq_worker.reindexing import reindex
+from recallq_worker.search import semantic, upkeep
+from recallq_worker.search.semantic import SemanticSearch
+from recallq_worker.settings import WorkerSettings
+from tests.contract.store_conformance import StoreConformance, record
+from tests.plugins.word_vectors import DIMENSIONS
+from tests.support import redis_at
+from tests.word_embedder import WordEmbedder, word_search
+
+Strategy = Literal["vector", "hybrid"]
+
+
+@asynccontextmanager
+async def opened(
+    redis_url: str,
+    namespace: str,
+    strategy: Strategy = "hybrid",
+    dimensions: int = DIMENSIONS,
+    **options: Any,
+) -> AsyncIterator[tuple[RedisStore, WordEmbedder]]:
+    model, embedder = word_search()
+    embedder.dimensions = dimensions
+    rows = RedisVectorRows(
+        redis_url,
+        namespace=namespace,
+        dimensions=dimensions,
+        ttl=options.get("ttl"),
+        connect_timeout=5,
+    )
+    store = RedisStore(
+        redis_url,
+        namespace=namespace,
+        semantic=SemanticSearch(embedder, rows, strategy),
+        **options,
+    )
+    try:
+        await store.start()
+        yield store, model
+    finally:
+        await store.stop()
+
+
+async def found(store: RedisStore, user: str, query: str, top_k: int = 100) -> list[str]:
+    hits = await store.search(Scope("default", user), query, top_k=top_k, score_threshold=None)
+    return [hit.record.record_id for hit in hits]
+
+
+async def vector_keys(redis_url: str, namespace: str) -> list[str]:
+    """Keys that hold rows; what else there is are fences and notes."""
+    async with redis_at(redis_url) as redis:
+        keys = [key.decode() async for key in redis.scan_iter(f"{namespace}:meaning:*")]
+    return [key for key in keys if key.endswith((":r", ":v", ":o", ":c", ":n"))]
+
+
+async def vectors_of(redis_url: str, namespace: str) -> set[str]:
+    """Ids of all that has a vector."""
+    async with redis_at(redis_url) as redis:
+        ids: set[str] = set()
+        for key in await vector_keys(redis_url, namespace):
+            if key.endswith(":v"):
+                ids.update(each.decode() for each in await redis.hkeys(key))  # type: ignore[union-attr]  # bytes
+        return ids
+
+
+class TestHybrid(StoreConformance):
+    @asynccontextmanager
+    async def open_store(self, redis_url: str, namespace: str) -> AsyncIterator[RedisStore]:
+        async with opened(redis_url, namespace) as (store, _):
+            yield store
+
+
+class TestVector(StoreConformance):
+    @asynccontextmanager
+    async def open_store(self, redis_url: str, namespace: str) -> AsyncIterator[RedisStore]:
+        async with opened(redis_url, namespace, "vector") as (store, _):
+            yield store
+
+
+class TestMeaning:
+    async def test_is_found_by_words_at_once_and_by_meaning_later(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace) as (store, _):
+            dog = record(user, "the dog sleeps", record_id="dog")
+            await store.add([dog, record(user, "bread for breakfast", record_id="bread")])
+            assert await found(store, user, "dog") == ["dog"]
+            assert await found(store, user, "hound") == []
+            assert await store.index([dog], patience=5) == [None]
+            assert await found(store, user, "hound") == ["dog"]
+
+    async def test_words_and_meaning_add_up(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace) as (store, _):
+            both = [
+                record(user, "a hound at the ocean", record_id="meaning"),
+                record(user, "a dog at the sea", record_id="both"),
+                record(user, "of a dog nothing is known here at all", record_id="less"),
+            ]
+            await store.add(both)
+            await store.index(both, patience=5)
+            assert (await found(store, user, "dog sea"))[0] == "both"
+            assert set(await found(store, user, "dog sea")) == {"both", "meaning", "less"}
+
+    async def test_another_worker_sees_what_one_has_embedded(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with (
+            opened(redis_url, namespace, "vector") as (one, _),
+            opened(redis_url, namespace, "vector") as (two, model),
+        ):
+            dog = record(user, "dog", record_id="dog")
+            await one.add([dog])
+            await one.index([dog], patience=5)
+            assert await found(two, user, "hound") == ["dog"]
+            await two.index([dog], patience=5)
+            assert model.texts == ["hound"], "the message is not embedded again"
+
+    async def test_who_speaks_is_part_of_what_is_embedded(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace, "vector") as (store, model):
+            said = record(user, message={"role": "user", "name": "Ann", "content": "hello"})
+            nothing = record(user, message={"role": "user", "name": "Ann", "content": None})
+            await store.add([said, nothing])
+            assert await store.index([said, nothing], patience=5) == [None, None]
+            assert model.texts == ["Ann: hello"]
+
+    async def test_while_the_model_is_away_words_find_it(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace) as (store, model):
+            dog = record(user, "dog", record_id="dog")
+            await store.add([dog])
+            await store.index([dog], patience=5)
+            model.error = BackendUnavailable("down")
+            assert await found(store, user, "dog") == ["dog"]
+            await store.add([cat := record(user, "cat")])
+            with pytest.raises(BackendUnavailable):
+                await store.index([cat], patience=5)
+
+    async def test_by_meaning_alone_there_is_no_search_without_the_model(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace, "vector") as (store, model):
+            await store.add([record(user, "dog")])
+            model.error = BackendUnavailable("down")
+            with pytest.raises(BackendUnavailable):
+                await found(store, user, "dog")
+            assert not (await store.health()).ok
+
+
+class TestGoing:
+    async def test_vectors_go_with_a_delete_and_late_ones_stay_away(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace) as (store, _):
+            records = [record(user, f"dog {n}", session=f"s{n % 2}") for n in range(10)]
+            await store.add(records)
+            await store.index(records[:8], patience=5)
+            await store.delete(Scope("default", user, "s1"), before_epoch=1)
+            kept = {each.record_id for each in records[:8:2]}
+            assert await vectors_of(redis_url, namespace) == kept
+            await store.index(records, patience=5)
+            assert await vectors_of(redis_url, namespace) == {
+                each.record_id for each in records[::2]
+            }
+            await store.delete(Scope("default", user), before_epoch=2)
+            await store.index(records, patience=5)
+            assert await vector_keys(redis_url, namespace) == []
+
+    async def test_what_is_deleted_while_it_is_embedded_gets_no_vector(
+        self, redis_url: str, namespace: str, user: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with opened(redis_url, namespace) as (store, model):
+            doomed = record(user, "dog")
+            await store.add([doomed])
+            embed = model.embed
+
+            async def embed_late(*args: Any) -> Any:
+                await store.delete(Scope("default", user), before_epoch=1)
+                return await embed(*args)
+
+            monkeypatch.setattr(model, "embed", embed_late)
+            assert await store.index([doomed], patience=5) == [None]
+            assert await vector_keys(redis_url, namespace) == []
+
+    async def test_what_was_submitted_again_keeps_its_vector_over_a_delete_in_between(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace, "vector") as (store, _):
+            before = record(user, "dog", record_id="k", epoch=0)
+            after = record(user, "dog", record_id="k", epoch=1, order=before.order)
+            for each in (before, after):
+                await store.add([each])
+                await store.index([each], patience=5)
+            await store.delete(Scope("default", user), before_epoch=1)
+            assert await found(store, user, "hound") == ["k"]
+
+    async def test_vectors_of_what_is_trimmed_go_in_time(
+        self, redis_url: str, namespace: str, user: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(upkeep, "ENTRIES", 8)
+        async with opened(redis_url, namespace, max_messages_per_session=5) as (store, _):
+            for number in range(40):
+                added = record(user, f"dog {number}")
+                await store.add([added])
+                await store.index([added], patience=5)
+            await store.settled()
+            assert len(await found(store, user, "hound")) == 5
+            assert len(await vectors_of(redis_url, namespace)) <= 15
+
+    async def test_vectors_expire_with_their_records(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace, ttl=3600) as (store, _):
+            async with redis_at(redis_url) as redis:
+                seconds, _ = await redis.time()
+            made = record(user, "dog", record_id="dog")
+            fresh = Record("dog", made.scope, seconds * 1_000_000, 0, made.message)
+            old = Record("old", made.scope, (seconds - 7200) * 1_000_000, 0, made.message)
+            await store.add([fresh])
+            await store.index([fresh, old], patience=5)
+            assert await found(store, user, "hound") == ["dog"]
+            async with redis_at(redis_url) as redis:
+                for key in await vector_keys(redis_url, namespace):
+                    assert 3500 < await redis.ttl(key) <= 3600
+
+
+class TestSettingUp:
+    async def test_vectors_of_another_size_are_refused_at_the_start(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace) as (store, _):
+            dog = record(user, "dog")
+            await store.add([dog])
+            await store.index([dog], patience=5)
+        with pytest.raises(ConfigurationError, match="256 dimensions"):
+            async with opened(redis_url, namespace, dimensions=128):
+                pass
+
+    async def test_reindexing_embeds_what_was_stored_before(
+        self, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = RedisStore(redis_url, namespace=namespace)
+        await store.start()
+        for user in ("ann", "bob/x", "l" * 300):
+            await store.add([record(user, f"dog {n}") for n in range(3)])
+        await store.stop()
+        monkeypatch.setenv("RECALLQ_EMBEDDING_CALLABLE", "tests.plugins.word_vectors:embed")
+        monkeypatch.setenv("RECALLQ_EMBEDDING_DIMENSIONS", str(DIMENSIONS))
+        settings = WorkerSettings.load(
+            redis_url=redis_url, namespace=namespace, search_strategy="hybrid"
+        )
+        done = await reindex(settings)
+        assert (done.users, done.embedded, done.skipped) == (3, 6, 1)
+        assert (await reindex(settings)).embedded == 0
+        store = RedisStore.from_settings(settings)
+        await store.start()
+        assert len(await found(store, "bob/x", "hound")) == 3
+        assert "by meaning" in (await store.health()).detail
+        await store.stop()
+
+    async def test_a_model_that_is_not_set_up(
+        self, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("OPENAI_API_KEY", "DASHSCOPE_API_KEY", "RECALLQ_EMBEDDING_CALLABLE"):
+            monkeypatch.delenv(name, raising=False)
+        settings = WorkerSettings.load(redis_url=redis_url, search_strategy="hybrid")
+        with pytest.raises(ConfigurationError, match="OPENAI_API_KEY"):
+            RedisStore.from_settings(settings)
+
+
+async def test_a_query_that_is_not_embedded_in_time_is_answered_by_words(
+    redis_url: str, namespace: str, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(semantic, "_PATIENCE", 0.05)
+    async with opened(redis_url, namespace) as (store, model):
+        await store.add([record(user, "dog", record_id="dog")])
+
+        async def never(*_: Any) -> Any:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(model, "embed", never)
+        assert await found(store, user, "dog") == ["dog"]
