@@ -561,3 +561,211 @@ async def test_an_idle_store_leaves_nothing_behind(
     await eventually(unlocked)
     async with opened(redis_url, namespace) as store:
         assert len(await found(store, user, "tea")) == 50
+
+
+class TestIdsThatComeAgain:
+    """Idempotency keys make the same ids of other texts, once what was there before is gone."""
+
+    async def test_after_it_was_trimmed(
+        self, redis_url: str, namespace: str, user: str, small_segments: None
+    ) -> None:
+        async with opened(redis_url, namespace, max_messages_per_session=8) as store:
+            await store.add([record(user, "tea oldword", record_id="k")])
+            await store.add([record(user, f"tea {n}") for n in range(8)])
+            await store.settled()
+            await store.add([record(user, "tea newword", record_id="k")])
+            await store.add([record(user, f"tea {n}") for n in range(4)])
+            await store.settled()
+            assert await found(store, user, "newword") == ["k"]
+            assert await found(store, user, "oldword") == []
+            assert len(await found(store, user, "tea")) == 8
+            assert await is_sound(store, user)
+
+    async def test_while_another_worker_compacts_what_was_deleted(
+        self,
+        redis_url: str,
+        namespace: str,
+        user: str,
+        small_segments: None,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        async with opened(redis_url, namespace) as slow, opened(redis_url, namespace) as other:
+            monkeypatch.setattr(index_module, "_LOCK_PATIENCE", 0.05)
+            reading, go_on = asyncio.Event(), asyncio.Event()
+            replace = RedisIndex._replace
+
+            async def later(self: RedisIndex, *args: Any, **more: Any) -> bool:
+                if self is slow._index and not go_on.is_set():
+                    reading.set()
+                    await go_on.wait()
+                return await replace(self, *args, **more)
+
+            monkeypatch.setattr(RedisIndex, "_replace", later)
+            await slow.add([record(user, "tea oldword", record_id=f"k{n}") for n in range(8)])
+            await reading.wait()
+            await other.delete(Scope("default", user, "s"), before_epoch=1)
+            await other.add([record(user, "tea newword", record_id="k0", epoch=1)])
+            go_on.set()
+            await slow.settled()
+            await slow.add([record(user, f"tea {n}", epoch=1) for n in range(8)])
+            await slow.settled()
+            assert await found(other, user, "newword") == ["k0"]
+            assert await found(other, user, "newwor") == ["k0"], "by a part of it, too"
+            assert "oldword" not in await everything(redis_url, namespace)
+
+
+class TestWorkersOfBefore:
+    """They know no index, and run beside this version while a fleet is brought up to date."""
+
+    async def test_one_that_adds_and_trims_in_one_step(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        """The number of records stays the same."""
+        await store.add([record(user, f"tea {n}", record_id=f"r{n}") for n in range(5)])
+        base = f"{namespace}:m:{{default/{user}}}"
+        value = orjson.dumps([0, 2**52, "s", {"role": "user", "content": "tea unseen"}])
+        async with redis_at(redis_url) as redis:
+            for key in ("o", "s:s"):
+                await redis.zadd(f"{base}:{key}", {"x": 2**52})
+                await redis.zrem(f"{base}:{key}", "r0")
+            await redis.hset(f"{base}:r", "x", value)
+            await redis.hdel(f"{base}:r", "r0")
+        await store.add([record(user, "tea after it", record_id="y", order=2**53)])
+        await store.settled()
+        assert await found(store, user, "unseen") == ["x"]
+        assert "r0" not in await everything(redis_url, namespace)
+
+    async def test_one_that_deletes_a_user(
+        self, store: RedisStore, small_segments: None, redis_url: str, namespace: str, user: str
+    ) -> None:
+        await store.add([record(user, f"tea secretword {n}") for n in range(10)])
+        await store.settled()
+        base = f"{namespace}:m:{{default/{user}}}"
+        async with redis_at(redis_url) as redis:
+            await redis.delete(*(f"{base}:{key}" for key in ("r", "o", "x", "s:s")))
+        settings = WorkerSettings.load(redis_url=redis_url, namespace=namespace)
+        assert (await reindex(settings)).users == 1
+        assert await everything(redis_url, namespace) == ""
+
+    async def test_one_that_deletes_what_is_new(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        """Its entries are of nobody."""
+        await store.add([record(user, "tea secretword", record_id="gone"), record(user, "tea")])
+        base = f"{namespace}:m:{{default/{user}}}"
+        async with redis_at(redis_url) as redis:
+            for key in ("o", "s:s"):
+                await redis.zrem(f"{base}:{key}", "gone")
+            await redis.hdel(f"{base}:r", "gone")
+        assert len(await found(store, user, "tea")) == 1
+        left = await everything(redis_url, namespace)
+        assert "gone" not in left
+
+    async def test_a_delete_of_what_has_no_index_leaves_none(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        await store.add([record(user, "tea", record_id="id1z", session="a"), record(user)])
+        base = f"{namespace}:m:{{default/{user}}}"
+        async with redis_at(redis_url) as redis:
+            await redis.delete(f"{base}:i", f"{base}:e")
+        await store.delete(Scope("default", user, "a"), before_epoch=1)
+        assert "id1z" not in await everything(redis_url, namespace)
+        assert len(await found(store, user, "hello")) == 1
+
+
+async def test_what_has_expired_hides_nothing_that_lives(
+    redis_url: str, namespace: str, user: str
+) -> None:
+    """However many better matches there were."""
+    async with redis_at(redis_url) as redis:
+        seconds, _ = await redis.time()
+    now = seconds * 1_000_000
+    async with opened(redis_url, namespace) as before:
+        await before.add(
+            [
+                Record(f"old{n}", Scope("default", user, "s"), now - 10**10 + n, 0, {
+                    "role": "user", "content": "pizza",
+                })
+                for n in range(1500)
+            ]
+        )  # fmt: skip
+    async with opened(redis_url, namespace, ttl=3600) as store:
+        message = {"role": "user", "content": "a long time ago we had a large pizza with olives"}
+        live = Record("live", Scope("default", user, "s"), now, 0, message)
+        await store.add([live])
+        await store.settled()
+        assert await found(store, user, "pizza") == ["live"]
+
+
+async def test_a_sweep_leaves_nothing_that_does_not_expire(
+    redis_url: str, namespace: str, user: str
+) -> None:
+    async with opened(redis_url, namespace, ttl=3600) as store:
+        async with redis_at(redis_url) as redis:
+            seconds, _ = await redis.time()
+        message = {"role": "user", "content": "tea"}
+        for age in (4000, 10, 0):
+            order = (seconds - age) * 1_000_000
+            await store.add([Record(f"r{age}", Scope("default", user, "s"), order, 0, message)])
+        async with redis_at(redis_url) as redis:
+            for key in [key async for key in redis.scan_iter(f"{namespace}:m:*")]:
+                assert await redis.ttl(key) > 3500, key
+
+
+async def test_a_record_that_is_no_record(
+    store: RedisStore, redis_url: str, namespace: str, user: str
+) -> None:
+    values = ['[1,2,"s",null]', "[1,2,3,{}]", '["1",2,"s",{}]', '[1,1e99,"s",{}]', "{}", "[]"]
+    await store.add([record(user, "tea", record_id=f"r{n}") for n in range(len(values) + 1)])
+    base = f"{namespace}:m:{{default/{user}}}"
+    async with redis_at(redis_url) as redis:
+        for number, value in enumerate(values):
+            await redis.hset(f"{base}:r", f"r{number}", value)
+        await redis.hset(f"{base}:i", "v", "0")
+    assert await found(store, user, "tea") == [f"r{len(values)}"]
+    assert await store.delete(Scope("default", user), before_epoch=2) == len(values) + 1
+
+
+async def test_a_damaged_record_of_a_segment_can_be_deleted(
+    store: RedisStore, small_segments: None, redis_url: str, namespace: str, user: str
+) -> None:
+    """Nobody knows its session any more."""
+    await store.add([record(user, f"tea word{n}x", record_id=f"id{n}z") for n in range(8)])
+    await store.add([record(user, "tea", record_id="kept", session="t")])
+    await store.settled()
+    async with redis_at(redis_url) as redis:
+        await redis.hset(f"{namespace}:m:{{default/{user}}}:r", "id3z", "{torn")
+    await store.delete(Scope("default", user, "s"), before_epoch=1)
+    left = await everything(redis_url, namespace)
+    assert "id3z" not in left
+    assert "word3x" not in left
+    assert await found(store, user, "tea") == ["kept"]
+
+
+async def test_forms_of_a_word_go_with_who_said_them(
+    store: RedisStore, small_segments: None, redis_url: str, namespace: str, user: str
+) -> None:
+    await store.add([record(user, "we are divorcing", session="a")])
+    await store.add([record(user, "about a divorce", session="b") for _ in range(7)])
+    await store.settled()
+    await store.delete(Scope("default", user, "a"), before_epoch=1)
+    assert "divorcing" not in await everything(redis_url, namespace)
+    assert len(await found(store, user, "divor")) == 7
+
+
+async def test_more_entries_than_a_segment_holds(
+    store: RedisStore, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the one who sees to them is frozen, and holds the lock."""
+    monkeypatch.setattr(index_module, "_MOST_MERGED", 50)
+    monkeypatch.setattr(upkeep, "ENTRIES", 8)
+    monkeypatch.setattr(store._index, "notice", lambda *_, **__: None)
+    added = [record(user, f"tea word{n}x") for n in range(500)]
+    await store.add(added)
+    monkeypatch.undo()
+    monkeypatch.setattr(index_module, "_MOST_MERGED", 50)
+    await store.add([record(user, "tea")])
+    await store.settled()
+    assert await is_sound(store, user)
+    for number in (0, 60, 499):
+        assert (await found(store, user, f"word{number}x"))[0] == added[number].record_id
