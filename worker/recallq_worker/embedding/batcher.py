@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from recallq.errors import BackendError, BackendUnavailable, JobError
-from recallq_worker.embedding.base import Embedder, Kind, Vector
+from recallq_worker.embedding.base import Embedder, Kind, Refused, Vector
 from recallq_worker.embedding.cache import Digests, VectorCache
 from recallq_worker.embedding.dispatcher import Dispatcher
 from recallq_worker.embedding.lanes import Call, Item, State
@@ -293,4 +293,4 @@ def _again(error: JobError) -> JobError:
     """The same error for another caller: each has a traceback of its own."""
     if isinstance(error, BackendUnavailable):
         return BackendUnavailable(str(error), retry_after=error.retry_after)
-    return BackendError(str(error))
+    return Refused(str(error)) if isinstance(error, Refused) else BackendError(str(error))

@@ -19,7 +19,7 @@ himself his how i if in into is isn it its itself just ll m me more most my myse
 off on once only or other our ours ourselves out over own re s same she should shouldn so some such
 t than that the their theirs them themselves then there these they this those through to too under
 until up us ve very was wasn we were weren what when where which while who whom whose why will with
-won would wouldn you your yours yourself yourselves
+would wouldn you your yours yourself yourselves
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 

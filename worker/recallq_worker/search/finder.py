@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from recallq_worker.backends.base import Hit, Record
-from recallq_worker.search.scoring import NOTHING, Part, Place, Ranked, rank
+from recallq_worker.search.scoring import Part, Place, Ranked, rank
 from recallq_worker.search.terms import QueryTerm, query_terms
 from recallq_worker.search.vocabulary import with_part
 
@@ -43,6 +45,13 @@ class Reader(Protocol):
 
     async def vocabularies(self) -> Sequence[str]:
         """The words that occur; see `recallq_worker.search.vocabulary`."""
+        ...
+
+    async def recency(self) -> None:
+        """Lets parts of the last snapshot in which several sessions stand know their recency.
+
+        Raises `Moved`.
+        """
         ...
 
     async def read(self, places: Sequence[Place]) -> Sequence[Record | None]:
@@ -76,6 +85,9 @@ async def find(reader: Reader, wanted: Wanted) -> list[Hit]:
     most = wanted.top_k
     while True:
         ranked = await _ranked_with_parts(reader, wanted, most)
+        if ranked.torn(wanted.top_k):
+            await reader.recency()
+            ranked.sort()
         found: list[Hit] = []
         looked_at = 0
         while len(found) < wanted.top_k:
@@ -125,7 +137,7 @@ async def best_of(
 async def _ranked_with_parts(reader: Reader, wanted: Wanted, most: int) -> Ranked:
     terms = query_terms(wanted.query)
     if not terms:
-        return NOTHING
+        return Ranked([], np.empty(0), np.empty(0, dtype=np.int64))
     ranked = await _ranked(reader, terms, wanted, most)
     few = len(ranked) < wanted.top_k
     partly = [

@@ -11,7 +11,13 @@ from recallq_worker.backends.base import Record
 from recallq_worker.search.entries import encode_entry, session_digest
 from recallq_worker.search.finder import Snapshot
 from recallq_worker.search.scoring import EntriesPart, Part, Place, SegmentPart
-from recallq_worker.search.segments import IDS_TOGETHER, Segment, sessions_in, vocabulary_in
+from recallq_worker.search.segments import (
+    IDS_TOGETHER,
+    Segment,
+    recency_in,
+    sessions_in,
+    vocabulary_in,
+)
 from recallq_worker.search.terms import analyze
 from recallq_worker.search.upkeep import compacted, is_due, to_merge
 
@@ -115,11 +121,15 @@ class MemoryReader:
         self._record = record
 
     async def look_up(self, terms: Sequence[int]) -> Snapshot:
-        parts: list[Part] = [
+        self._parts: list[Part] = [
             SegmentPart(each.size, each.bits, each.fields[b"s"], each.fields)
             for each in self._segments
         ]
-        return Snapshot([*parts, self._entries], self._total)
+        return Snapshot([*self._parts, self._entries], self._total)
+
+    async def recency(self) -> None:
+        for part, segment in zip(self._parts, self._segments, strict=True):
+            part.recency = recency_in(segment.fields[b"o"], segment.size)
 
     async def vocabularies(self) -> Sequence[str]:
         return [*(vocabulary_in(each.fields[b"v"]) for each in self._segments), *self._texts]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recallq_worker.search.entries import Array, Messages, session_digest, starts_of
+from recallq_worker.search.entries import Array, DamagedIndex, Messages, session_digest, starts_of
 from recallq_worker.search.segments import bucket_of, postings_in, sessions_in
 from recallq_worker.search.terms import FULL, QueryTerm
 from recallq_worker.search.text import Kind
@@ -35,6 +35,8 @@ _SHARES = np.array(
 )
 _ALL = 1024
 """Candidates for whom neighbours are looked at; of more, those at and around the best."""
+MOST_EQUALS = 64
+"""Equals that are read more than are wanted: their order is in the records."""
 _DIGITS = 6
 """Decimals of a score that mean anything: behind them, ties would not be ties."""
 
@@ -62,13 +64,19 @@ class SegmentPart(Part):
     def __init__(
         self, size: int, bits: int, sessions: bytes, buckets: Mapping[bytes, bytes]
     ) -> None:
+        """Raises `DamagedIndex`."""
         super().__init__(size, *sessions_in(sessions))
+        if self.starts[-1] >= size:
+            raise DamagedIndex("the sessions of a segment")
         self._bits = bits
         self._buckets = buckets
 
     def postings(self, term: int) -> tuple[Array, Array] | None:
         bucket = self._buckets.get(bucket_of(term, self._bits))
-        return None if bucket is None else postings_in(bucket, term)
+        found = None if bucket is None else postings_in(bucket, term)
+        if found is not None and found[0].max() >= self.size:
+            raise DamagedIndex("a bucket of a segment")
+        return found
 
 
 class EntriesPart(Part):
@@ -107,20 +115,32 @@ class Ranked:
     """The messages that answer a query, best first, the later of equals first."""
 
     def __init__(
-        self, scores: Array, places: Array, bases: Array, *, complete: bool = True
+        self, parts: Sequence[Part], scores: Array, places: Array, *, complete: bool = True
     ) -> None:
         self.complete = complete
         """Whether these are all that answer."""
+        self._parts = parts
+        self._bases = _bases(parts)
         self._scores = scores
         self._places = places
-        self._bases = bases
+        self.sort()
 
     def __len__(self) -> int:
         return len(self._scores)
 
+    def sort(self) -> None:
+        """Puts them into their order, by what is known of recency."""
+        best = np.lexsort((_recency(self._parts, self._bases, self._places), self._scores))[::-1]
+        self._scores, self._places = self._scores[best], self._places[best]
+
+    def torn(self, count: int) -> bool:
+        """Whether so many equals are around number `count` that recency has to be known exactly."""
+        first, last = max(0, count - 1), count + MOST_EQUALS
+        return len(self) > last and bool(self._scores[first] == self._scores[last])
+
     def portion(self, first: int, count: int) -> Iterator[tuple[Place, float]]:
         """`count` of them from `first` on, and those that are equal to the last, about."""
-        scores = self._scores[first : first + count + _MOST_EQUALS]
+        scores = self._scores[first : first + count + MOST_EQUALS]
         if len(scores) > count:
             scores = scores[: int(np.count_nonzero(scores >= scores[count - 1]))]
         places = self._places[first : first + len(scores)]
@@ -130,10 +150,6 @@ class Ranked:
             parts.tolist(), numbers.tolist(), scores.tolist(), strict=True
         ):
             yield Place(part, number), score
-
-
-_MOST_EQUALS = 64
-NOTHING = Ranked(np.empty(0), np.empty(0, np.int64), np.zeros(1, np.int64))
 
 
 def rank(
@@ -149,7 +165,7 @@ def rank(
     `parts` are from old to new, and `total` is the number of the user's messages. Says of each term
     in how many messages it occurs. Raises `DamagedIndex`.
     """
-    bases = np.cumsum([0, *(part.size for part in parts)])
+    bases = _bases(parts)
     own = np.zeros(int(bases[-1]), dtype=np.float32)
     found: list[tuple[np.float32, Array]] = []
     possible = 0.0
@@ -172,11 +188,14 @@ def rank(
     if not complete:
         candidates = _around_the_best(candidates, own, max(_ALL // 4, 2 * most))
     if not len(candidates):
-        return NOTHING
+        return Ranked([], np.empty(0), candidates)
     scores = _with_neighbours(parts, bases, candidates, found) / (possible * FULL)
-    scores = np.round(scores, _DIGITS)
-    best = np.lexsort((_recency(parts, bases, candidates), scores))[::-1]
-    return Ranked(scores[best], candidates[best], bases, complete=complete)
+    return Ranked(parts, np.round(scores, _DIGITS), candidates, complete=complete)
+
+
+def _bases(parts: Sequence[Part]) -> Array:
+    """Where the messages of each part begin when all are numbered."""
+    return np.cumsum([0, *(part.size for part in parts)])
 
 
 def _postings(parts: Sequence[Part], bases: Array, term: QueryTerm) -> tuple[Array, Array]:
@@ -244,12 +263,12 @@ def _with_neighbours(
     return scores
 
 
-def _recency(parts: Sequence[Part], bases: Array, candidates: Array) -> Array:
+def _recency(parts: Sequence[Part], bases: Array, places: Array) -> Array:
     if all(part.recency is None for part in parts):
-        return candidates
-    recency = candidates.copy()
+        return places
+    recency = places.copy()
     for part, base in zip(parts, bases.tolist(), strict=False):
         if part.recency is not None:
-            first, last = np.searchsorted(candidates, [base, base + part.size])
-            recency[first:last] = part.recency[candidates[first:last] - base] + base
+            here = (places >= base) & (places < base + part.size)
+            recency[here] = part.recency[places[here] - base] + base
     return recency

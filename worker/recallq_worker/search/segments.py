@@ -39,7 +39,9 @@ Fields: TypeAlias = dict[bytes, bytes]
 
 _BUCKET_POSTINGS = 400
 """About how many there are in a bucket."""
-_DAMAGED = (KeyError, ValueError, IndexError, struct.error, zlib.error)
+_DAMAGED = (
+    AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
 """What reading a segment raises that another hand has touched."""
 
 
@@ -132,7 +134,7 @@ def _decoded(fields: Mapping[bytes, bytes]) -> Messages:
     ids: list[bytes] = []
     for number in range(-(-len(orders) // IDS_TOGETHER)):
         ids += [each.encode() for each in orjson.loads(fields[b"d%d" % number])]
-    if len(ids) != len(orders) or not len(starts):
+    if len(ids) != len(orders) or starts[-1] >= len(orders):
         raise ValueError("its parts do not fit")
     terms: list[Array] = [np.empty(0, "<u4")]
     numbers: list[Array] = [np.empty(0, np.int64)]
@@ -147,6 +149,8 @@ def _decoded(fields: Mapping[bytes, bytes]) -> Messages:
         terms.append(np.repeat(np.frombuffer(bucket, "<u4", many, 2), counts))
         numbers.append(np.frombuffer(bucket, "<u2", total, at).astype(np.int64))
         weights.append(np.frombuffer(bucket, "u1", total, at + 2 * total))
+    if any((each >= len(orders)).any() for each in numbers):
+        raise ValueError("postings of messages that there are not")
     return Messages(
         ids=ids,
         sessions=np.repeat(digests, np.diff(starts, append=len(orders))),
@@ -164,12 +168,13 @@ def sessions_in(value: bytes) -> tuple[Array, Array]:
     """
     try:
         (many,) = struct.unpack_from("<I", value)
-        return (
-            np.frombuffer(value, "<u4", many, 4).astype(np.int64),
-            np.frombuffer(value, "<u8", many, 4 + 4 * many),
-        )
+        starts = np.frombuffer(value, "<u4", many, 4).astype(np.int64)
+        digests = np.frombuffer(value, "<u8", many, 4 + 4 * many)
     except _DAMAGED as error:
         raise DamagedIndex("the sessions of a segment") from error
+    if not many or starts[0] or (np.diff(starts) <= 0).any():
+        raise DamagedIndex("the sessions of a segment")
+    return starts, digests
 
 
 def bucket_of(term: int, bits: int) -> bytes:
@@ -203,6 +208,20 @@ def postings_in(bucket: bytes, term: int) -> tuple[Array, Array] | None:
         )
     except _DAMAGED as error:
         raise DamagedIndex("a bucket of a segment") from error
+
+
+def recency_in(value: bytes, size: int) -> Array:
+    """Of each of a segment's messages a number that is higher for a later one; `value` is its field
+    ``o``. Raises `DamagedIndex`."""
+    try:
+        orders = np.cumsum(np.frombuffer(zlib.decompress(value), dtype="<i8"))
+    except _DAMAGED as error:
+        raise DamagedIndex("the order of a segment") from error
+    if len(orders) != size:
+        raise DamagedIndex("the order of a segment")
+    places = np.empty(size, dtype=np.int64)
+    places[np.argsort(orders, kind="stable")] = np.arange(size)
+    return places
 
 
 def vocabulary_in(value: bytes) -> str:

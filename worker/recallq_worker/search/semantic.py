@@ -18,7 +18,7 @@ from recallq.contract import Scope
 from recallq.errors import BackendUnavailable, JobError
 from recallq.messages import message_text
 from recallq_worker.backends.base import Hit, Record
-from recallq_worker.embedding import DocumentEmbedder, Vector
+from recallq_worker.embedding import DocumentEmbedder, Refused, Vector
 from recallq_worker.search.finder import Reader, Wanted, best_of, ranked_by_words
 from recallq_worker.search.terms import said_by
 from recallq_worker.vectors import Compared
@@ -175,8 +175,8 @@ class SemanticSearch(Generic[Rows]):
         try:
             async with asyncio.timeout(_PATIENCE):
                 return await self.embedder.of_query(query)
-        except (TimeoutError, BackendUnavailable) as error:
-            log.warning("searching by words alone: %s", error or "the query is not embedded yet")
+        except (TimeoutError, BackendUnavailable, Refused) as error:
+            log.warning("searching by words alone: %s", str(error) or "its vector is not there yet")
             return None
 
 

@@ -97,9 +97,11 @@ def _fields_of(message: Mapping[str, Any]) -> tuple[str, str | float]:
     """Who speaks, and when, if the message says so."""
     for field in _TIME_FIELDS:
         when = message.get(field)
+        if isinstance(when, str) and when.strip():
+            return said_by(message), when[:_MOST_OF_A_FIELD]
         # A bool is an int, and no time.
-        if isinstance(when, str | int | float) and not isinstance(when, bool):
-            return said_by(message), when[:_MOST_OF_A_FIELD] if isinstance(when, str) else when
+        if isinstance(when, int | float) and not isinstance(when, bool):
+            return said_by(message), when
     return said_by(message), ""
 
 
@@ -107,7 +109,7 @@ def _fields_of(message: Mapping[str, Any]) -> tuple[str, str | float]:
 def _terms_of_fields(speaker: str, when: str | float) -> tuple[tuple[int, int], ...]:
     """Terms and weights; of a time its year, its month by name and its day."""
     found = [(token.term, _SPEAKER_WEIGHT) for token in tokens(speaker)]
-    text = when if isinstance(when, str) else _of_epoch(float(when))
+    text = when if isinstance(when, str) else _of_epoch(when)
     if iso := _ISO_DATE.search(text):
         year, month, day = (int(part) for part in iso.groups())
         parts = [str(year), str(day)]
@@ -129,6 +131,7 @@ def said_by(message: Mapping[str, Any]) -> str:
 
 def _of_epoch(seconds: float) -> str:
     try:
+        seconds = float(seconds)
         if abs(seconds) > _MILLISECONDS:
             seconds /= 1000
         return datetime.fromtimestamp(seconds, UTC).date().isoformat()

@@ -27,14 +27,17 @@ _UNSPACED = (
     r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\u3005\u30fc"
 )
 _RUN = regex.compile(f"[{_UNSPACED}]+")
-_WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+")
-_INSIDE = regex.compile(r"[\p{L}\p{M}\p{N}](?:.*[\p{L}\p{M}\p{N}])?", regex.DOTALL)
+_WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*")
+_INSIDE = regex.compile(r"[\p{L}\p{N}](?:.*[\p{L}\p{M}\p{N}])?", regex.DOTALL)
 """A chunk without the punctuation around it."""
 _LATIN_ACCENTS = regex.compile(r"(?<=\p{Latin})\p{Mn}+")
-_APOSTROPHES = str.maketrans("\u2019\u02bc\uff07", "'''")
+_UNSEEN = "\u00ad\u200b\u200c\u200d\u2060\ufeff" + "".join(map(chr, range(0xFE00, 0xFE10)))
+"""Soft hyphens, joiners and selectors of variants."""
+_EVENED_OUT = str.maketrans("\u2019\u02bc\uff07", "'''", _UNSEEN)
 
 _LONGEST_CHUNK = 2_000
-"""Characters; longer ones are encoded files rather than anything that is looked for as a whole."""
+"""Characters; longer ones are looked at in parts: texts without spaces, or encoded files."""
+_MOST_OF_A_CHUNK = 200_000
 _LONGEST_WHOLE = 200
 _LONGEST_REMEMBERED = 32
 """Characters; longer ones hardly come again."""
@@ -62,17 +65,25 @@ class Token(NamedTuple):
 
 
 def fold(text: str) -> str:
-    """`text` with case and compatibility forms evened out."""
+    """`text` with case, compatibility forms and Latin accents evened out, and without characters
+    that nobody sees."""
     if text.isascii():
         return text.lower()
-    return unicodedata.normalize("NFKC", text).casefold()
+    folded = unicodedata.normalize("NFKC", text).casefold().translate(_EVENED_OUT)
+    folded = _LATIN_ACCENTS.sub("", unicodedata.normalize("NFD", folded))
+    return unicodedata.normalize("NFC", folded)
 
 
 class _Chunks(dict[str, tuple[Token, ...]]):
     """Chunks that were cut before, as far as they are remembered."""
 
     def __missing__(self, chunk: str) -> tuple[Token, ...]:
-        found = _tokens_of(chunk[:_LONGEST_CHUNK])
+        found = tuple(
+            token
+            for start in range(0, min(len(chunk), _MOST_OF_A_CHUNK), _LONGEST_CHUNK)
+            # The last of a part may make a pair with the first of the next.
+            for token in _tokens_of(chunk[start : start + _LONGEST_CHUNK + 1])
+        )
         if len(chunk) <= _LONGEST_REMEMBERED:
             if len(self) >= _MOST_REMEMBERED:
                 self.clear()  # what people say often is soon known again
@@ -124,8 +135,6 @@ def term_of(word: str) -> int:
 def _tokens_of(chunk: str) -> tuple[Token, ...]:
     if chunk.isascii():
         return tuple(_pieces(chunk))
-    chunk = _LATIN_ACCENTS.sub("", unicodedata.normalize("NFD", chunk))
-    chunk = unicodedata.normalize("NFC", chunk).translate(_APOSTROPHES)
     found: list[Token] = []
     end = 0
     for run in _RUN.finditer(chunk):

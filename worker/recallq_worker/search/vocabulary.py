@@ -6,7 +6,7 @@ punctuation: their lines are chunks, which may hold several tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from recallq_worker.search.english import stem
 from recallq_worker.search.text import Kind, Token, chunks
@@ -38,7 +38,7 @@ def still_in_use(
     of the removed.
 
     Of several forms of a word that others still say, nobody knows whose they were; what they share
-    takes their place.
+    takes their place, or the shortest where that is no word.
     """
     forms: dict[int, list[Token]] = {}
     for text in tokens:
@@ -46,10 +46,20 @@ def still_in_use(
             if token.text == text and token.term in terms:
                 forms.setdefault(token.term, []).append(token)
     return {
-        stem(token.text) if term in removed and len(same) > 1 else token.text
+        text
         for term, same in forms.items()
-        for token in same
+        for text in (
+            [_shared(term, same)] if term in removed and len(same) > 1 else [t.text for t in same]
+        )
     }
+
+
+def _shared(term: int, forms: Sequence[Token]) -> str:
+    shortest = min((token.text for token in forms), key=lambda text: (len(text), text))
+    shared = stem(shortest)
+    found = chunks[shared]
+    same = len(found) == 1 and found[0].term == term and found[0].kind is not Kind.STOP_WORD
+    return shared if same else shortest
 
 
 def with_part(vocabularies: Iterable[str], part: str, most: int) -> list[Token]:

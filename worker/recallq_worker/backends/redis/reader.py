@@ -17,7 +17,7 @@ from recallq_worker.backends.redis.values import to_record
 from recallq_worker.search.entries import VERSION, DamagedIndex
 from recallq_worker.search.finder import Moved, Snapshot
 from recallq_worker.search.scoring import EntriesPart, Part, Place, SegmentPart
-from recallq_worker.search.segments import IDS_TOGETHER, vocabulary_in
+from recallq_worker.search.segments import IDS_TOGETHER, recency_in, vocabulary_in
 
 
 class StaleIndex(Exception):
@@ -50,6 +50,7 @@ class RedisReader:
         self._scope = scope
         self._oldest = oldest
         self._segments: list[str] = []
+        self._parts: list[Part] = []
         self._entries: EntriesPart | None = None
         self._new: dict[bytes, bytes] = {}
 
@@ -79,7 +80,17 @@ class RedisReader:
             parts.append((last, name.decode(), part))
         parts.sort(key=lambda each: each[:2])
         self._segments = [name for _, name, _ in parts]
-        return Snapshot([*(part for _, _, part in parts), self._entries], total)
+        self._parts = [part for _, _, part in parts]
+        return Snapshot([*self._parts, self._entries], total)
+
+    async def recency(self) -> None:
+        for name, part in zip(self._segments, self._parts, strict=True):
+            if len(part.starts) > 1:
+                reply = self._redis.hget(self._keys.segments + name, "o")
+                value = await self._asking(cast("Awaitable[bytes | None]", reply))
+                if value is None:
+                    raise Moved
+                part.recency = recency_in(value, part.size)
 
     async def vocabularies(self) -> Sequence[str]:
         found: list[str] = []
