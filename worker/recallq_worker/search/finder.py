@@ -18,8 +18,8 @@ from recallq_worker.search.scoring import Part, Place, Ranked, rank
 from recallq_worker.search.terms import QueryTerm, query_terms
 from recallq_worker.search.vocabulary import with_part
 
-_MOST_WORDS = 64
-"""Words that a part is looked for in."""
+_SPARE_WORDS = 8
+"""Words that a part is looked for in, beyond as many as messages are wanted: each is in one."""
 
 
 @dataclass(slots=True)
@@ -143,7 +143,7 @@ async def _ranked_with_parts(reader: Reader, wanted: Wanted, most: int) -> Ranke
     partly = [
         term for term in terms if term.may_be_a_part and (few or term.is_lone or not term.count)
     ]
-    if partly and _look_for_parts(partly, await reader.vocabularies()):
+    if partly and _look_for_parts(partly, await reader.vocabularies(), wanted.top_k + _SPARE_WORDS):
         ranked = await _ranked(reader, terms, wanted, most)
     return ranked
 
@@ -155,10 +155,10 @@ async def _ranked(reader: Reader, terms: Sequence[QueryTerm], wanted: Wanted, mo
     )
 
 
-def _look_for_parts(terms: Sequence[QueryTerm], vocabularies: Sequence[str]) -> bool:
-    """Notes the words that terms are a part of; whether there are any."""
+def _look_for_parts(terms: Sequence[QueryTerm], vocabularies: Sequence[str], most: int) -> bool:
+    """Notes the words that terms are a part of, `most` for each; whether there are any."""
     for term in terms:
-        words = with_part(vocabularies, term.text, _MOST_WORDS)
+        words = with_part(vocabularies, term.text, most)
         term.parts = tuple({word.term for word in words} - {term.term})
     return any(term.parts for term in terms)
 

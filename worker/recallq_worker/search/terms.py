@@ -65,14 +65,19 @@ class Analysis(NamedTuple):
 def analyze(message: Mapping[str, Any]) -> Analysis:
     """The terms of a message, a JSON object."""
     said = fold(message_text(message)).split()
+    found = Counter(map(codes.__getitem__, said))
     counts: dict[int, int] = {}
     length = 0
-    for found, count in Counter(map(codes.__getitem__, said)).items():
-        for code in found if isinstance(found, tuple) else (found,):
+    for code, count in found.items():
+        if isinstance(code, int):
             if code > TERM:
                 length += count
                 code -= COUNTS  # noqa: PLW2901  # what is left is the term
             counts[code] = counts.get(code, 0) + count
+            continue
+        for each in code:
+            length += count if each > TERM else 0
+            counts[each & TERM] = counts.get(each & TERM, 0) + count
         if len(counts) > _MOST_TERMS:
             break
     norm = _SATURATION * (1 - _LENGTH_MATTERS + _LENGTH_MATTERS * length / _USUAL_LENGTH)

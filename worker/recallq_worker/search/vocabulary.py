@@ -13,7 +13,7 @@ from recallq_worker.search.text import Kind, Token, chunks
 
 _LONGEST = 200
 """Characters of a token that somebody may remember a part of."""
-_LOOKED_AT = 10
+_LOOKED_AT = 4
 """Occurrences that are looked at for each that is wanted."""
 
 
