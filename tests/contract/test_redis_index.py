@@ -279,7 +279,7 @@ class TestTrouble:
         await store.settled()
         base = f"{namespace}:m:{{default/{user}}}"
         async with redis_at(redis_url) as redis:
-            await redis.hset(f"{base}:i", mapping={"v": "0", "sold": "9 0 0"})
+            await redis.hset(f"{base}:i", mapping={"v": "0", "sold": "9 0 0 1"})
             await redis.hset(f"{base}:n:old", "x", "not a segment")
         assert len(await found(store, user, "tea")) == 300
         assert await is_sound(store, user)

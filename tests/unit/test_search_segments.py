@@ -189,7 +189,8 @@ def test_a_segment_says_what_was_written(said: list[Said], vocabulary: set[str])
     assert vocabulary_in(segment.fields[b"v"]).split("\n") == sorted(vocabulary or {""})
     assert segment.size == len(said)
     assert segment.last == max(each.order for each in said)
-    assert segment.describe() == b"%d %d %d" % (segment.size, segment.bits, segment.last)
+    described = (segment.size, segment.bits, segment.last, segment.ordered)
+    assert segment.describe() == b"%d %d %d %d" % described
 
 
 @given(at_least_one)

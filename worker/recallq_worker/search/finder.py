@@ -18,7 +18,7 @@ from recallq_worker.search.scoring import Part, Place, Ranked, rank
 from recallq_worker.search.terms import QueryTerm, query_terms
 from recallq_worker.search.vocabulary import with_part
 
-_SPARE_WORDS = 8
+_SPARE_WORDS = 2
 """Words that a part is looked for in, beyond as many as messages are wanted: each is in one."""
 
 

@@ -129,7 +129,8 @@ class MemoryReader:
 
     async def recency(self) -> None:
         for part, segment in zip(self._parts, self._segments, strict=True):
-            part.recency = recency_in(segment.fields[b"o"], segment.size)
+            if not segment.ordered:
+                part.recency = recency_in(segment.fields[b"o"], segment.size)
 
     async def vocabularies(self) -> Sequence[str]:
         return [*(vocabulary_in(each.fields[b"v"]) for each in self._segments), *self._texts]

@@ -54,10 +54,12 @@ class Segment(NamedTuple):
     """Of a term, by which it is found: the segment has two to the power of that buckets."""
     last: int
     """The highest order key."""
+    ordered: bool
+    """Whether all messages stand in their order: no session begins before another ends."""
     fields: Fields
 
     def describe(self) -> bytes:
-        return b"%d %d %d" % (self.size, self.bits, self.last)
+        return b"%d %d %d %d" % (self.size, self.bits, self.last, self.ordered)
 
 
 def encode(messages: Messages, vocabulary: Iterable[str]) -> Segment:
@@ -90,7 +92,8 @@ def encode(messages: Messages, vocabulary: Iterable[str]) -> Segment:
     keys = (terms << np.uint64(16)) | place_of[messages.numbers].astype(np.uint64)
     by_term = np.argsort(keys)
     fields |= _buckets(keys[by_term], messages.weights[by_term], bits)
-    return Segment(size, bits, int(orders.max()), fields)
+    ordered = bool((np.diff(orders) >= 0).all())
+    return Segment(size, bits, int(orders.max()), ordered, fields)
 
 
 def _buckets(keys: Array, weights: Array, bits: int) -> Fields:

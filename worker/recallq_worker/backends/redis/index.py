@@ -48,7 +48,7 @@ _UNUSED_SEGMENT_MS = 3_600_000
 """How long a segment is kept that nobody has put into an index: its maker died."""
 _WRITE_BYTES = 1 << 20
 _PAGE = 1000
-_MOST_MERGED = 16_384
+_MOST_MERGED = 32_768
 """Messages of a segment: one is written anew when any of its messages is deleted."""
 _TRIES = 5
 

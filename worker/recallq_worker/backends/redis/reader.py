@@ -51,6 +51,8 @@ class RedisReader:
         self._oldest = oldest
         self._segments: list[str] = []
         self._parts: list[Part] = []
+        self._mixed: set[str] = set()
+        """Segments in which messages do not stand in their order."""
         self._entries: EntriesPart | None = None
         self._new: dict[bytes, bytes] = {}
 
@@ -64,6 +66,7 @@ class RedisReader:
             )
         )
         self._segments, self._entries, self._new = [], None, {}
+        self._mixed = set()
         if said is None:
             return Snapshot([], 0)
         if said == 0:
@@ -75,7 +78,9 @@ class RedisReader:
         for name, about, sessions, buckets in segments:
             if sessions is None:
                 raise DamagedIndex("a segment is missing")
-            size, bits, last = map(int, about.split())
+            size, bits, last, ordered = map(int, about.split())
+            if not ordered:
+                self._mixed.add(name.decode())
             part = SegmentPart(size, bits, sessions, dict(pairs(buckets)))
             parts.append((last, name.decode(), part))
         parts.sort(key=lambda each: each[:2])
@@ -85,7 +90,7 @@ class RedisReader:
 
     async def recency(self) -> None:
         for name, part in zip(self._segments, self._parts, strict=True):
-            if len(part.starts) > 1:
+            if name in self._mixed:
                 reply = self._redis.hget(self._keys.segments + name, "o")
                 value = await self._asking(cast("Awaitable[bytes | None]", reply))
                 if value is None:

@@ -13,8 +13,8 @@ Key names, as `store` passes them:
 And what searches go by (see `index`):
   index     hash: ``v`` version, ``w`` version that is being made, ``g`` generation, which every
             delete and every change of the segments raises, ``n`` the newest record, ``c`` messages
-            in segments, ``d`` those of them that are gone, ``s<name>`` -> count, bits and last
-            order key of a segment, ``p<name>``: one that is being written
+            in segments, ``d`` those of them that are gone, ``s<name>`` -> a segment's description,
+            ``p<name>``: one that is being written
   entries   hash: record id -> entry, of those that are in no segment
   gone      hash: record id -> session id, of those that were removed since segments were cleaned
   segment   hash: see `recallq_worker.search.segments`; the prefix and the segment's name
