@@ -16,9 +16,9 @@ import pytest
 from recallq.contract import Scope
 from recallq.redis_client import RedisClient
 from recallq_worker.backends.base import Added, Record
-from recallq_worker.backends.redis import RedisStore
+from recallq_worker.backends.redis import RedisStore, rebuilding
 from recallq_worker.backends.redis import index as index_module
-from recallq_worker.backends.redis.index import RedisIndex
+from recallq_worker.backends.redis.index_storage import IndexStorage
 from recallq_worker.reindexing import reindex
 from recallq_worker.search import upkeep
 from recallq_worker.settings import WorkerSettings
@@ -92,6 +92,23 @@ async def segments(redis_url: str, namespace: str, user: str) -> dict[str, int]:
         for name, about in index.items()
         if name.startswith(b"s")
     }
+
+
+class Pause:
+    """Lets a store come as far as putting a new segment in its place, and no further."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: RedisStore) -> None:
+        self.reached = asyncio.Event()
+        self.over = asyncio.Event()
+        replace = IndexStorage.replace
+
+        async def later(storage: IndexStorage, *args: Any, **more: Any) -> bool:
+            if storage is store._index._storage:
+                self.reached.set()
+                await self.over.wait()
+            return await replace(storage, *args, **more)
+
+        monkeypatch.setattr(IndexStorage, "replace", later)
 
 
 class TestGrowing:
@@ -205,22 +222,13 @@ class TestDeleting:
         """It has read what is to become a segment, and goes on after a delete by another."""
         async with opened(redis_url, namespace) as frozen, opened(redis_url, namespace) as other:
             monkeypatch.setattr(index_module, "_LOCK_PATIENCE", 0.05)
-            reading, thawed = asyncio.Event(), asyncio.Event()
-            replace = RedisIndex._replace
-
-            async def later(self: RedisIndex, *args: Any, **more: Any) -> bool:
-                if self is frozen._index:
-                    reading.set()
-                    await thawed.wait()
-                return await replace(self, *args, **more)
-
-            monkeypatch.setattr(RedisIndex, "_replace", later)
+            pause = Pause(monkeypatch, frozen)
             await frozen.add([record(user, "tea secretword", session="a") for _ in range(8)])
-            await reading.wait()
+            await pause.reached.wait()
             await other.add([record(user, "tea kept", session="b", record_id="kept", epoch=1)])
             scope = Scope("default", user, None if whole_user else "a")
             assert await other.delete(scope, before_epoch=1) == 8
-            thawed.set()
+            pause.over.set()
             await frozen.settled()
             assert await found(other, user, "tea") == ["kept"]
             assert "secretword" not in await everything(redis_url, namespace)
@@ -237,22 +245,13 @@ class TestDeleting:
             monkeypatch.setattr(index_module, "_LOCK_PATIENCE", 0.05)
             await frozen.add([record(user, "tea secretword", session="a") for _ in range(8)])
             await frozen.add([record(user, "tea kept", session="b", record_id="kept")])
-            reading, thawed = asyncio.Event(), asyncio.Event()
-            replace = RedisIndex._replace
-
-            async def later(self: RedisIndex, *args: Any, **more: Any) -> bool:
-                if self is frozen._index and not thawed.is_set():
-                    reading.set()
-                    await thawed.wait()
-                return await replace(self, *args, **more)
-
-            monkeypatch.setattr(RedisIndex, "_replace", later)
+            pause = Pause(monkeypatch, frozen)
             rebuilding = asyncio.create_task(
                 frozen.reindex(frozen._base("default", user), anyway=True)
             )
-            await reading.wait()
+            await pause.reached.wait()
             await other.delete(Scope("default", user, "a"), before_epoch=1)
-            thawed.set()
+            pause.over.set()
             await rebuilding
             assert await found(other, user, "tea") == ["kept"]
             assert "secretword" not in await everything(redis_url, namespace)
@@ -354,13 +353,13 @@ class TestTrouble:
     ) -> None:
         """Its maker died between the two steps; the next add sees to the entries."""
 
-        async def die(self: RedisIndex, *_: Any, **__: Any) -> bool:
+        async def die(self: IndexStorage, *_: Any, **__: Any) -> bool:
             raise SystemError("killed")
 
         async with opened(redis_url, namespace) as store:
             with monkeypatch.context() as patched:
-                patched.setattr(RedisIndex, "_replace", die)
-                patched.setattr(RedisIndex, "_drop", lambda *_: asyncio.sleep(0))
+                patched.setattr(IndexStorage, "replace", die)
+                patched.setattr(IndexStorage, "drop", lambda *_: asyncio.sleep(0))
                 await store.add([record(user, f"tea {n}") for n in range(8)])
                 await store.settled()
             async with redis_at(redis_url) as redis:
@@ -495,21 +494,13 @@ class TestReindexing:
         self, store: RedisStore, user: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await store.add([record(user, f"tea {n}") for n in range(50)])
-        reading, go_on = asyncio.Event(), asyncio.Event()
-        replace = RedisIndex._replace
-
-        async def later(self: RedisIndex, *args: Any, **more: Any) -> bool:
-            reading.set()
-            await go_on.wait()
-            return await replace(self, *args, **more)
-
-        monkeypatch.setattr(RedisIndex, "_replace", later)
+        pause = Pause(monkeypatch, store)
         rebuilding = asyncio.create_task(store.reindex(store._base("default", user), anyway=True))
-        await reading.wait()
+        await pause.reached.wait()
         assert len(await found(store, user, "tea")) == 50
         assert await store.add([record(user, "tea meanwhile", record_id="new")]) == [Added.NEW]
         assert await found(store, user, "meanwhile") == ["new"]
-        go_on.set()
+        pause.over.set()
         assert await rebuilding == 50
         assert len(await found(store, user, "tea")) == 51
         assert await is_sound(store, user)
@@ -517,7 +508,7 @@ class TestReindexing:
     async def test_many_messages_with_one_order_key(
         self, store: RedisStore, user: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(index_module, "_PAGE", 10)
+        monkeypatch.setattr(rebuilding, "_PAGE", 10)
         await store.add([record(user, "tea", order=5) for _ in range(35)])
         await store.add([record(user, "tea") for _ in range(35)])
         assert await store.reindex(store._base("default", user), anyway=True) == 70
@@ -591,21 +582,12 @@ class TestIdsThatComeAgain:
     ) -> None:
         async with opened(redis_url, namespace) as slow, opened(redis_url, namespace) as other:
             monkeypatch.setattr(index_module, "_LOCK_PATIENCE", 0.05)
-            reading, go_on = asyncio.Event(), asyncio.Event()
-            replace = RedisIndex._replace
-
-            async def later(self: RedisIndex, *args: Any, **more: Any) -> bool:
-                if self is slow._index and not go_on.is_set():
-                    reading.set()
-                    await go_on.wait()
-                return await replace(self, *args, **more)
-
-            monkeypatch.setattr(RedisIndex, "_replace", later)
+            pause = Pause(monkeypatch, slow)
             await slow.add([record(user, "tea oldword", record_id=f"k{n}") for n in range(8)])
-            await reading.wait()
+            await pause.reached.wait()
             await other.delete(Scope("default", user, "s"), before_epoch=1)
             await other.add([record(user, "tea newword", record_id="k0", epoch=1)])
-            go_on.set()
+            pause.over.set()
             await slow.settled()
             await slow.add([record(user, f"tea {n}", epoch=1) for n in range(8)])
             await slow.settled()

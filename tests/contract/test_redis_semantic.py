@@ -226,6 +226,19 @@ class TestGoing:
             assert len(await found(store, user, "hound")) == 5
             assert len(await vectors_of(redis_url, namespace)) <= 15
 
+    async def test_what_was_trimmed_and_is_stored_again_keeps_its_vector(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace, max_messages_per_session=3) as (store, _):
+            await store.add([record(user, "cat", record_id="k")])
+            await store.add([record(user, f"tea {n}") for n in range(3)])
+            again = record(user, "dog", record_id="k")
+            await store.add([again])
+            await store.index([again], patience=5)
+            await store.settled()
+            assert (await found(store, user, "hound"))[0] == "k"
+            assert await vectors_of(redis_url, namespace) == {"k"}
+
     async def test_vectors_expire_with_their_records(
         self, redis_url: str, namespace: str, user: str
     ) -> None:

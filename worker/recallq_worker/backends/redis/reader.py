@@ -11,7 +11,8 @@ from redis.commands.core import AsyncScript
 from recallq.contract import Scope
 from recallq.redis_client import RedisClient
 from recallq_worker.backends.base import Record
-from recallq_worker.backends.redis.index import Asking, IndexKeys, RedisIndex, pairs
+from recallq_worker.backends.redis.index import RedisIndex
+from recallq_worker.backends.redis.index_storage import Asking, IndexKeys, pairs
 from recallq_worker.backends.redis.remembered import Remembered
 from recallq_worker.backends.redis.values import to_record
 from recallq_worker.search.entries import VERSION, DamagedIndex

@@ -34,7 +34,8 @@ from recallq.redis_client import (
 )
 from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.redis import index_scripts, scripts
-from recallq_worker.backends.redis.index import IndexKeys, RedisIndex
+from recallq_worker.backends.redis.index import RedisIndex
+from recallq_worker.backends.redis.index_storage import IndexKeys
 from recallq_worker.backends.redis.reader import RedisReader, StaleIndex
 from recallq_worker.backends.redis.remembered import Remembered
 from recallq_worker.backends.redis.values import to_record, to_value
