@@ -65,6 +65,10 @@ class WorkerSettings(ClientSettings):
     """How the redis and in_memory backends search: by words, by meaning, or by both. The last two
     embed every message in a second step, with the model that `ModelSettings` names."""
 
+    vector_cache_mb: float = Field(128.0, gt=0)
+    """Memory for copies of users' vectors in each worker that searches Redis by meaning: those of
+    a user who has more are read again for every search."""
+
     store_url: str = Field("", repr=False)
     """The Redis in which the redis backend keeps memories; redis_url by default."""
     store_ttl: int | None = Field(None, ge=1)

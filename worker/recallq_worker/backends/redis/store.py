@@ -111,6 +111,7 @@ class RedisStore:
                 dimensions=embedder.dimensions,
                 ttl=settings.store_ttl,
                 connect_timeout=settings.connect_timeout,
+                cache_mb=settings.vector_cache_mb,
             )
             semantic = SemanticSearch(embedder, rows, settings.search_strategy)
         return cls(

@@ -20,7 +20,14 @@ class RedisVectorRows:
     """A `recallq_worker.search.semantic.VectorRows`."""
 
     def __init__(
-        self, url: str, *, namespace: str, dimensions: int, ttl: int | None, connect_timeout: float
+        self,
+        url: str,
+        *,
+        namespace: str,
+        dimensions: int,
+        ttl: int | None = None,
+        connect_timeout: float = 5.0,
+        cache_mb: float = 128.0,
     ) -> None:
         """Connects to nothing yet. `ttl` in seconds."""
         self._keys = Keys(namespace)
@@ -30,6 +37,7 @@ class RedisVectorRows:
             f"{namespace}:meaning",
             dimensions=dimensions,
             connect_timeout=connect_timeout,
+            cache_bytes=int(cache_mb * 1e6),
         )
 
     async def start(self, dimensions: int, model: str) -> None:
