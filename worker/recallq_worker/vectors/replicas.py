@@ -164,9 +164,12 @@ class VectorReplica(Replica):
                 [place for place, each in enumerate(self._suffixes) if each == suffix], dtype=int
             )
         if len(places) > most:
+            found = scores[places]
+            edge = np.partition(found, len(found) - most)[len(found) - most]
+            better, equal = places[found > edge], places[found == edge]
             # More recent ones win ties at the edge.
-            order = np.lexsort((self._orders[places], scores[places]))
-            places = places[order[len(order) - most :]]
+            latest = np.argsort(self._orders[equal], kind="stable")[::-1]
+            places = np.concatenate([better, equal[latest[: most - len(better)]]])
         best = [(self._ids[place], float(scores[place])) for place in places.tolist()]
         return Compared(sorted(best, key=lambda each: -each[1]), asked)
 
