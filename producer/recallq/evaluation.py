@@ -140,7 +140,7 @@ def _conversation(sample: Mapping[str, Any], number: int) -> Conversation:
         sessions[name] = [
             Message(
                 role="user" if turn["speaker"] == talk.get("speaker_a") else "assistant",
-                content=turn["text"],
+                content=turn.get("text") or "",
                 name=turn["speaker"],
                 id=turn["dia_id"],
                 **said,
@@ -179,10 +179,17 @@ async def evaluate(
         for each in conversations:
             await _store(client, each, report, timeout, advance)
         slots = asyncio.Semaphore(_AT_ONCE)
-        async with asyncio.TaskGroup() as group:
-            for each in conversations:
-                for question in each.questions:
-                    group.create_task(_ask(client, each, question, report, slots, timeout, advance))
+        questions = [
+            asyncio.ensure_future(_ask(client, each, question, report, slots, timeout, advance))
+            for each in conversations
+            for question in each.questions
+        ]
+        try:
+            # The first error is the caller's; not a group of errors, of which one is enough.
+            await asyncio.gather(*questions)
+        finally:
+            for each_question in questions:
+                each_question.cancel()
     finally:
         await asyncio.shield(_forget(client, conversations, timeout))
     return report

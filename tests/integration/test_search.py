@@ -152,6 +152,9 @@ class TestEval:
         path.write_text(content)
         assert reason in one_line(shell("eval", str(path), code=1))
 
+    def test_no_worker(self, shell: Shell, conversations: Path) -> None:
+        assert "no worker" in one_line(shell("eval", str(conversations), "--timeout", "2", code=1))
+
     def test_a_file_that_is_not_there(self, shell: Shell) -> None:
         assert "cannot be read" in one_line(shell("eval", "nowhere.json", code=1))
 
