@@ -89,16 +89,16 @@ async def find(reader: Reader, wanted: Wanted) -> list[Hit]:
             await reader.recency()
             ranked.sort()
         found: list[Hit] = []
-        looked_at = 0
-        while len(found) < wanted.top_k:
+        looked_at, good_enough = 0, True
+        while len(found) < wanted.top_k and looked_at < len(ranked) and good_enough:
             portion = list(ranked.portion(looked_at, wanted.top_k))
             looked_at += len(portion)
-            portion = [each for each in portion if _is_enough(each[1], wanted)]
-            if not portion:
-                break
-            records = await reader.read([place for place, _ in portion])
-            found += _hits(records, [score for _, score in portion])
-        if len(found) >= wanted.top_k or ranked.complete or looked_at < len(ranked):
+            chosen = [each for each in portion if _is_enough(each[1], wanted)]
+            good_enough = len(chosen) == len(portion)
+            if chosen:
+                records = await reader.read([place for place, _ in chosen])
+                found += _hits(records, [score for _, score in chosen])
+        if len(found) >= wanted.top_k or ranked.complete or not good_enough:
             return _best(found, wanted)
         most *= 4  # the best are gone, by their age say, and hide others
 
