@@ -653,7 +653,7 @@ async def test_one_inappropriate_text_among_those_of_many(dashscope: DashScopeSe
             *(batcher.embed([text]) for text in texts), return_exceptions=True
         )
         await batcher.stop()
-    assert [type(outcome) for outcome in outcomes] == [list] * 18 + [BackendError] * 2
+    assert [type(outcome) for outcome in outcomes] == [list] * 18 + [Refused] * 2
     assert "DataInspectionFailed" in str(outcomes[18])
     assert "InvalidParameter" in str(outcomes[19])
 

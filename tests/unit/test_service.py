@@ -299,7 +299,7 @@ async def test_lists_and_searches_return_what_clients_read(store: Counting) -> N
     assert first.created_at == submitted
     [outcome] = await run(service, searches(searching("tea")))
     [hit] = (outcome.result or {})["hits"]
-    assert Hit.model_validate(hit).score == 1.0
+    assert 0.6 < Hit.model_validate(hit).score < 0.75
 
 
 async def test_pages_and_bounds_reach_the_store(store: Counting) -> None:

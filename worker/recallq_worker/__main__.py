@@ -45,6 +45,9 @@ def worker(
         os.environ["RECALLQ_BACKEND"] = backend
     if concurrency is not None:
         os.environ["RECALLQ_CONCURRENCY"] = str(concurrency)
+    # numpy's threads would begin before the process steps back, and there are other workers for
+    # the other processors.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     settings = WorkerSettings.load()
     wanted = _lanes(lanes)
     missing = registry.missing_requirements("worker")
@@ -86,6 +89,17 @@ def reindex(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Bring search indexes up to date."""
+    try:
+        _reindex(user, tenant, everything=everything, as_json=as_json)
+    except RecallQError as error:
+        print(f"recallq: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        print("recallq: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _reindex(user: str | None, tenant: str | None, *, everything: bool, as_json: bool) -> None:
     settings = WorkerSettings.load(tenant=tenant)
     scope = None if user is None else Scope(settings.tenant, user)
     registry.load(settings.backend)
@@ -152,11 +166,8 @@ def main() -> None:
     try:
         cli()
     except RecallQError as error:
-        print(f"recallq: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"recallq worker: {error}", file=sys.stderr)
         raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        print("recallq: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
