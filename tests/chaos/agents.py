@@ -116,6 +116,7 @@ class Agents:
         # Nobody gives poison up: it must come to its end.
         key, dice = call.key, 1.0 if call.poison else chance.random()
         if dice < 0.3:
+            call.timeout = self._world.call_timeout
             added: AddResult | None = await self._await(
                 call,
                 memory.add_memory(
@@ -124,7 +125,7 @@ class Agents:
                     session,
                     lane=lane,
                     idempotency_key=key,
-                    timeout=self._world.call_timeout,
+                    timeout=call.timeout,
                 ),
             )
             if added is not None and added.record_ids and key is None:
@@ -172,6 +173,7 @@ class Agents:
 
     async def search(self, user: str, session: str | None, lane: Lane) -> None:
         call = self._call(Operation.SEARCH, user, session, lane)
+        call.timeout = self._world.call_timeout
         hits = await self._await(
             call,
             self._memory.search(
@@ -179,7 +181,7 @@ class Agents:
                 self._chance.choice(_WORDS),
                 {"top_k": 20, "session_id": session},
                 lane=lane,
-                timeout=self._world.call_timeout,
+                timeout=call.timeout,
             ),
         )
         if hits is not None:
@@ -189,23 +191,20 @@ class Agents:
         self, user: str, session: str | None, lane: Lane, *, submit: bool = False
     ) -> Call:
         call = self._call(Operation.LIST, user, session, lane)
+        call.timeout = self._world.call_timeout
         filters = {"page_size": _PAGE, "session_id": session}
         records: Sequence[StoredMessage] | None = None
         if submit:
             handle = await self._submit(
                 call,
-                self._memory.submit_list(
-                    user, filters, lane=lane, timeout=self._world.call_timeout
-                ),
+                self._memory.submit_list(user, filters, lane=lane, timeout=call.timeout),
             )
             if handle is not None:
                 records = await self._result(call, handle)
         else:
             records = await self._await(
                 call,
-                self._memory.list_records(
-                    user, filters, lane=lane, timeout=self._world.call_timeout
-                ),
+                self._memory.list_records(user, filters, lane=lane, timeout=call.timeout),
             )
         if records is not None:
             # What it saw, it saw before the caller heard of it.
@@ -217,11 +216,10 @@ class Agents:
     async def _delete(self, user: str, session: str | None, lane: Lane) -> None:
         call = self._call(Operation.DELETE, user, session, lane)
         if self._chance.random() < 0.7:
+            call.timeout = self._world.call_timeout
             await self._await(
                 call,
-                self._memory.delete_memory(
-                    user, session, lane=lane, timeout=self._world.call_timeout
-                ),
+                self._memory.delete_memory(user, session, lane=lane, timeout=call.timeout),
             )
         else:
             handle = await self._submit(call, self._memory.submit_delete(user, session, lane=lane))

@@ -22,6 +22,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from recallq.contract import JobState, Operation
+from recallq.errors import BackendUnavailable
 from tests.chaos.history import SUCCEEDED, Call
 
 CLOCK_TOLERANCE = 0.010
@@ -30,9 +31,13 @@ AFTERLIFE = 20.0
 """How long after its call ended without an answer a job may still be enqueued."""
 PATIENCE = 40.0
 """Longest time that a call may take: twice the callers' own timeouts."""
+LONGEST_WAIT = 3.0
+"""Longest time, in seconds, for which workers wait before they try a job again."""
 UNKNOWN = "unknown"
 
 _NO_FAILURES = (None, SUCCEEDED, "JobCancelled", "JobExpired", "ResultWithdrawn")
+_NO_ANSWER = "JobTimeout"
+"""The caller stopped waiting for a job that went on, and may have come to any end."""
 _WRITES = (Operation.ADD, Operation.DELETE)
 
 
@@ -169,9 +174,9 @@ class Checker:
         if call.job_id is not None:
             self._check_job(call)
         failed = call.state in (JobState.FAILED, JobState.DEAD) or (
-            call.settled is not None and call.outcome not in _NO_FAILURES
+            _was_told(call) and call.outcome not in _NO_FAILURES
         )
-        if failed and not call.poison:
+        if failed and not call.poison and not _ran_out_of_time(call):
             self._report(Kind.FAILED, call, "it failed, and nothing was wrong with it")
         succeeded = SUCCEEDED in (call.outcome, call.state)
         # Where jobs wait for their user's turn, a delete ends them: nothing of them is stored.
@@ -184,7 +189,7 @@ class Checker:
             self._report(Kind.LOST, call, "its job has not settled")
         elif call.state == UNKNOWN and known:
             self._report(Kind.LOST, call, "it was accepted, and no such job is known")
-        elif call.settled is not None and call.outcome is not None:
+        elif _was_told(call):
             # A read's answer is withdrawn when its user deletes something.
             withdrawn = call.operation not in _WRITES and call.state == JobState.EXPIRED
             if (call.outcome == SUCCEEDED) != (call.state == JobState.SUCCEEDED) and not withdrawn:
@@ -340,6 +345,20 @@ class Checker:
 
 def _end(call: Call) -> float:
     return math.inf if call.ended is None else call.ended
+
+
+def _was_told(call: Call) -> bool:
+    """Whether the caller heard how its job ended. That a job has settled may also be known from
+    asking for its state when all was over."""
+    return call.settled is not None and call.outcome not in (None, _NO_ANSWER)
+
+
+def _ran_out_of_time(call: Call) -> bool:
+    """Whether the job was tried for as long as its caller had time: another try would have come
+    too late. The caller hears of it at the end of this time, or does not hear of it any more."""
+    if call.timeout is None or call.code != BackendUnavailable.code:
+        return False
+    return call.settled is None or call.settled - call.began > call.timeout - LONGEST_WAIT
 
 
 def _succeeded(call: Call) -> bool:

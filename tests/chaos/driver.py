@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recallq import MemoryClient, ServiceUnavailable, UnknownJob
-from recallq.contract import Lane
+from recallq.contract import JobState, Lane
 from recallq.embedded import EmbeddedRedis
+from recallq.errors import JobError
 from tests.chaos.agents import Agents, Pace, World
 from tests.chaos.checker import UNKNOWN, Checker, Kind, Violation
 from tests.chaos.faults import WEATHER, Fault, Faults, keep_every_write, set_weather
@@ -310,20 +311,25 @@ class _Run:
         calls = read_journals(self._directory / "journals")
         async with self._client() as memory:
             slots = asyncio.Semaphore(_ASKING_AT_ONCE)
+            options = self._options
 
             async def ask(call: Call) -> None:
                 assert call.job_id is not None
                 async with slots:
+                    handle = memory.handle(call.job_id)
                     try:
-                        call.state = (await memory.handle(call.job_id).status()).value
+                        call.state = (await handle.status()).value
+                        if call.state in (JobState.FAILED, JobState.DEAD):
+                            await handle.result(timeout=options.call_timeout)
                     except UnknownJob:
                         call.state = UNKNOWN
-                    if call.state == "succeeded" and call.settled is None:
+                    except JobError as error:
+                        call.code = error.code
+                    if call.state == JobState.SUCCEEDED and call.settled is None:
                         call.settled = time.monotonic()
 
             await asyncio.gather(*(ask(call) for call in calls if call.job_id is not None))
             with Journal(self._directory / "journals", "last") as journal:
-                options = self._options
                 world = World(options.users, options.sessions, options.call_timeout)
                 agents = Agents(memory, journal, world, random.Random(0))
                 for user in range(self._options.users):

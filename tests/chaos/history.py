@@ -34,6 +34,8 @@ class Call:
     """None is all of the user's sessions."""
     began: float
     lane: str = "live"
+    timeout: float | None = None
+    """The time that its caller had, in seconds, which is that of its job, too."""
     tokens: list[str] = field(default_factory=list)
     """Of an add: what its messages begin with. Every message has a token of its own."""
     key: str | None = None
@@ -60,6 +62,8 @@ class Call:
     """Of a list: whether what was seen is all there was."""
     state: str | None = None
     """The job's state when all was over; "unknown" if there was no such job."""
+    code: str | None = None
+    """Of a job that failed: the error's, as in `recallq.errors`."""
 
     @property
     def name(self) -> str:

@@ -13,26 +13,20 @@ pytestmark = [
 ]
 
 
-class TestAStore:
-    """Each in a class of its own, so that they can run at the same time."""
+class TestChaos:
+    """In one class, for classes are run side by side, and two of these would starve each other."""
 
-    async def test_nothing_is_lost_doubled_misplaced_or_brought_back(self) -> None:
+    async def test_a_store(self) -> None:
         await check("flaky_redis", "poison-permanent", "poison-kill", "poison-transient")
 
-
-class TestAStoreThatTakesTwoSteps:
-    async def test_nothing_is_lost_doubled_misplaced_or_brought_back(self) -> None:
+    async def test_a_store_that_takes_two_steps(self) -> None:
         await check("flaky_indexed", "poison-permanent", "poison-kill", "poison-transient")
 
-
-class TestAnExtractor:
-    async def test_nothing_is_lost_doubled_misplaced_or_brought_back(self) -> None:
+    async def test_an_extractor(self) -> None:
         # Of a user's extractions, one that is tried again for long would hold up the others.
         await check("flaky_extractor", "poison-permanent", "poison-kill")
 
-
-class TestReMe:
-    async def test_nothing_is_lost_doubled_misplaced_or_brought_back(self) -> None:
+    async def test_reme(self) -> None:
         """The library itself, which a worker needs seconds to start with."""
         await check("reme_personal", jobs=600, rate=20, fault_every=3)
 

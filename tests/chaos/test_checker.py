@@ -281,6 +281,33 @@ def test_a_job_without_poison_must_not_fail(story: Story) -> None:
     assert story.kinds() == [Kind.FAILED]
 
 
+@pytest.mark.parametrize("outcome", ["JobTimeout", "BackendUnavailable"])
+def test_a_job_whose_callers_time_is_over_is_not_tried_again(story: Story, outcome: str) -> None:
+    told: dict[str, Any] = {
+        "code": "backend_unavailable",
+        "state": "dead",
+        "outcome": outcome,
+        "timeout": 20.0,
+    }
+    settled = None if outcome == "JobTimeout" else 19
+    story.add(1, "one", **told, ended=19, settled=settled)
+    assert story.verdict() == []
+    story.add(1, "two", **told, ended=5, settled=5)
+    story.add(1, "three", **{**told, "code": "internal"}, ended=19, settled=settled)
+    story.add(1, "four", **{**told, "timeout": None}, ended=19, settled=settled)
+    assert story.verdict() == [(Kind.FAILED, f"a#{number}") for number in (2, 3, 4)]
+
+
+def test_a_job_whose_caller_has_not_waited_for_it_may_still_succeed(story: Story) -> None:
+    # That it has, was found out when all was over.
+    story.add(1, "one", outcome="JobTimeout", ended=21, settled=60)
+    story.read(3)
+    story.read(30, "one")
+    assert story.verdict() == []
+    story.read(61)
+    assert story.verdict() == [(Kind.LOST, "message one")]
+
+
 def test_poison_must_fail(story: Story) -> None:
     story.add(1, "one", poison="poison-transient")
     assert story.kinds() == [Kind.REFUSED]
