@@ -7,7 +7,8 @@ import pytest
 from tests.chaos.driver import Options, run
 
 pytestmark = [
-    pytest.mark.timeout(180),
+    # Against hanging: how long a run takes depends on the machine. What it must keep to is in it.
+    pytest.mark.timeout(600),
     # Where a connection is cut as it is being made, redis-py leaves its socket to the collector.
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
 ]

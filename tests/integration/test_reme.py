@@ -192,7 +192,7 @@ async def test_trouble_that_passes(
 async def test_trouble_that_stays_ends_as_a_dead_letter(
     client: MemoryClient, start_reme: StartReme, server: OpenAIServer
 ) -> None:
-    await asyncio.to_thread(start_reme, slow_attempts=3, retry_base=0.1)
+    await asyncio.to_thread(start_reme, slow_attempts=3, retry_attempts=3, retry_base=0.1)
     server.fail(CHAT, 500)
     with pytest.raises(BackendUnavailable, match=r"the LLM qwen3\S+ at 127\.0\.0\.1:\d+: HTTP 500"):
         await client.add_memory("ann", "tea is green")
