@@ -57,14 +57,14 @@ class Worker:
         self.namespace = namespace
         self.backend = backend
         self._lanes = lanes
-        self._environment = clean_environment(
-            RECALLQ_REDIS_URL=url,
-            RECALLQ_NAMESPACE=namespace,
-            RECALLQ_BACKEND=backend,
-            PYTHONPATH=os.pathsep.join([str(PLUGINS), os.environ.get("PYTHONPATH", "")]),
+        variables = {
+            "RECALLQ_REDIS_URL": url,
+            "RECALLQ_NAMESPACE": namespace,
+            "RECALLQ_BACKEND": backend,
+            "PYTHONPATH": os.pathsep.join([str(PLUGINS), os.environ.get("PYTHONPATH", "")]),
             **{f"RECALLQ_{name.upper()}": str(value) for name, value in settings.items()},
-            **(environment or {}),
-        )
+        }
+        self._environment = clean_environment(**variables | dict(environment or {}))
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed in stop()
