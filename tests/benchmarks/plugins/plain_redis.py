@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from recallq_worker.backends.base import Record
 from recallq_worker.backends.redis import RedisStore, scripts
 
-_ENTER = "redis.call('HSET', entries, id, ARGV[at + 5])"
+_ENTER = "redis.call('HSET', entries, id, ARGV[at + 6])"
 assert _ENTER in scripts.ADD
 
 
@@ -19,7 +19,6 @@ class PlainRedisStore(RedisStore):
     async def start(self) -> None:
         await super().start()
         self._add = self._redis.register_script(scripts.ADD.replace(_ENTER, ""))
-        await self._redis.script_load(self._add.script)
         self._index.notice = _nothing  # type: ignore[method-assign]  # nothing is to be tended
 
     def _entry(self, base: str, record: Record) -> bytes:

@@ -1,4 +1,5 @@
-"""The Lua scripts of the redis backend: each is one atomic step on the keys of one user.
+"""The Lua scripts of the redis backend: each is one atomic step on the keys of a user, or of each
+of several users.
 
 All keys of a user share a hash tag. A record's value is the JSON array
 ``[epoch, order, session, message]``; the scripts read only the epoch and the session's key suffix.
@@ -66,116 +67,150 @@ end
 """
 )
 
-# KEYS: records, order, sessions, fences, index, entries, gone, then a session key for each session
-#       touched.
+# KEYS: of each user: records, order, sessions, fences, index, entries, gone, then a session key for
+#       each session touched.
 # ARGV: TTL (ms, 0 for none), most messages of a session (0 for no limit), lowest live order key,
-#       prefix of session keys, prefix of segments, version of the index, number of sessions,
-#       (session id, key suffix) of each, then for each record: number of its session, record id,
-#       order key, epoch, value, entry.
-# Returns a letter for each record, as one string: new, known or fenced; then entries, gone and all
-# messages of segments, and whether the index is of this version.
+#       version of the index, then of each user: prefix of session keys, prefix of segments, number
+#       of sessions, number of records, (session id, key suffix) of each session, then for each
+#       record: number of its session, record id, order key, epoch, value, entry.
+# Returns of each user a letter for each record, as one string: new, known or fenced; then entries,
+# gone and all messages of segments, and whether the index is of this version.
+# What it asks of Redis is what an add costs, so it asks for nothing twice.
 ADD = (
     """
-local order, index, entries, gone = KEYS[2], KEYS[5], KEYS[6], KEYS[7]
-local ttl, most, cutoff, prefix = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], ARGV[4]
-local segments, version, count = ARGV[5], ARGV[6], tonumber(ARGV[7])
+local order, index, entries, gone, segments
+local ttl, most, cutoff, version = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], ARGV[4]
 """
     + _FORGET
     + """
-local fence = tonumber(redis.call('HGET', KEYS[4], '*') or '0')
-local fences = {}
-for i = 1, count do
-  local own = tonumber(redis.call('HGET', KEYS[4], 's:' .. ARGV[6 + 2 * i]) or '0')
-  fences[i] = math.max(fence, own)
-end
-local of_use = fits()
-if redis.call('EXISTS', order) == 0 then
-  drop_index()
-  redis.call('HSET', index, 'v', version)
-  of_use = true
-elseif not of_use then
-  redis.call('HDEL', index, 'v')
-end
-local stored, touched = {}, {}
-for at = 8 + 2 * count, #ARGV, 6 do
-  local i, id, place = tonumber(ARGV[at]), ARGV[at + 1], ARGV[at + 2]
-  local epoch, flag = tonumber(ARGV[at + 3]), 'f'
-  local value = redis.call('HGET', KEYS[1], id)
-  if epoch >= fences[i] and not value then
-    -- The record last: should a command be refused, adding it again finds it missing.
-    redis.call('ZADD', order, place, id)
-    redis.call('ZADD', KEYS[7 + i], place, id)
-    if redis.call('HEXISTS', gone, id) == 1 then
-      -- It was there before, with another text perhaps, and segments may still know that.
-      redis.call('HDEL', index, 'v', 'w', 'g')
-      of_use = false
-    end
-    redis.call('HSET', entries, id, ARGV[at + 5])
-    redis.call('HSET', KEYS[1], id, ARGV[at + 4])
-    touched[i] = true
-    flag = 'n'
-  elseif value then
-    flag = 'k'
-    -- Submitted once more, under the same key, after a delete that is yet to come: it stays.
-    local before, rest = string.match(value, '^%[(%d+)(.*)$')
-    if before and tonumber(before) < epoch then
-      redis.call('HSET', KEYS[1], id, '[' .. ARGV[at + 3] .. rest)
-    end
+local told = {}
+local key, at = 0, 4
+
+local function add_all_of_a_user()
+  local records, sessions = KEYS[key + 1], KEYS[key + 3]
+  order, index, entries, gone = KEYS[key + 2], KEYS[key + 5], KEYS[key + 6], KEYS[key + 7]
+  local prefix, count, adds = ARGV[at + 1], tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4])
+  segments = ARGV[at + 2]
+  local names, places = at + 4, key + 7
+  at, key = at + 4 + 2 * count, key + 7 + count
+
+  local fields = {'*'}
+  for i = 1, count do fields[i + 1] = 's:' .. ARGV[names - 1 + 2 * i] end
+  local fences = redis.call('HMGET', KEYS[places - 3], unpack(fields))
+  local fence = tonumber(fences[1] or '0')
+
+  local newest_id, newest_place = unpack(redis.call('ZRANGE', order, -1, -1, 'WITHSCORES'))
+  local known = redis.call('HMGET', index, 'v', 'n', 'c')
+  local of_use, indexed = known[1] == version and known[2] == newest_id, known[3]
+  local removed = 0
+  if not newest_id then
+    drop_index()
+    redis.call('HSET', index, 'v', version)
+    of_use, indexed, newest_place = true, false, '-inf'
+  else
+    removed = redis.call('HLEN', gone)
+    if not of_use then redis.call('HDEL', index, 'v') end
   end
-  stored[#stored + 1] = flag
-end
-for i in pairs(touched) do
-  redis.call('HSET', KEYS[3], ARGV[6 + 2 * i], ARGV[7 + 2 * i])
-  if most > 0 then
-    local excess = redis.call('ZCARD', KEYS[7 + i]) - most
-    while excess > 0 do
-      local ids = redis.call('ZRANGE', KEYS[7 + i], 0, math.min(excess, 1000) - 1)
-      redis.call('HDEL', KEYS[1], unpack(ids))
-      redis.call('ZREM', order, unpack(ids))
-      redis.call('ZREM', KEYS[7 + i], unpack(ids))
-      forget(ARGV[6 + 2 * i], ids)
-      excess = excess - #ids
-    end
-  end
-end
-if ttl > 0 and next(touched) then
-  -- What has expired is invisible already; a little of it is swept out with each add.
-  local ids = redis.call('ZRANGEBYSCORE', order, '-inf', '(' .. cutoff, 'LIMIT', 0, 200)
-  for _, id in ipairs(ids) do
-    local value = redis.call('HGET', KEYS[1], id)
-    local session = ''
-    if value then
-      session = session_of(value)
-      local suffix = redis.call('HGET', KEYS[3], session)
-      if suffix then
-        redis.call('ZREM', prefix .. suffix, id)
-        if redis.call('EXISTS', prefix .. suffix) == 0 then
-          redis.call('HDEL', KEYS[3], session)
-        end
+
+  local stored, touched, moved = {}, {}, false
+  for n = 1, adds do
+    local i, id, place = tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3]
+    local epoch, flag = tonumber(ARGV[at + 4]), 'f'
+    local value = redis.call('HGET', records, id)
+    if not value and epoch >= math.max(fence, tonumber(fences[i + 1] or '0')) then
+      -- The record last: should a command be refused, adding it again finds it missing.
+      redis.call('ZADD', order, place, id)
+      redis.call('ZADD', KEYS[places + i], place, id)
+      if removed > 0 and redis.call('HEXISTS', gone, id) == 1 then
+        -- It was there before, with another text perhaps, and segments may still know that.
+        redis.call('HDEL', index, 'v', 'w', 'g')
+        of_use = false
       end
-      redis.call('HDEL', KEYS[1], id)
+      redis.call('HSET', entries, id, ARGV[at + 6])
+      redis.call('HSET', records, id, ARGV[at + 5])
+      touched[i] = true
+      if place == newest_place then
+        moved = true  -- the later of equals is the one with the higher id, byte by byte
+      elseif tonumber(place) > tonumber(newest_place) then
+        newest_id, newest_place = id, place
+      end
+      flag = 'n'
+    elseif value then
+      flag = 'k'
+      -- Submitted once more, under the same key, after a delete that is yet to come: it stays.
+      local before, rest = string.match(value, '^%[(%d+)(.*)$')
+      if before and tonumber(before) < epoch then
+        redis.call('HSET', records, id, '[' .. ARGV[at + 4] .. rest)
+      end
     end
-    redis.call('ZREM', order, id)
-    forget(session, {id})
+    stored[n] = flag
+    at = at + 6
   end
-end
-if next(touched) then
-  if of_use then redis.call('HSET', index, 'n', newest()) end
-  local all = {KEYS[1], KEYS[2], KEYS[3], index, entries, gone}
-  for i in pairs(touched) do all[#all + 1] = KEYS[7 + i] end
-  -- Another worker, or this one before, may have been told to let memories expire.
-  if ttl > 0 or redis.call('PTTL', index) >= 0 then
-    for _, field in ipairs(redis.call('HKEYS', index)) do
-      local name = string.match(field, '^s(.+)$')
-      if name then all[#all + 1] = segments .. name end
+
+  for i in pairs(touched) do
+    redis.call('HSET', sessions, ARGV[names - 1 + 2 * i], ARGV[names + 2 * i])
+    if most > 0 then
+      local excess = redis.call('ZCARD', KEYS[places + i]) - most
+      while excess > 0 do
+        local ids = redis.call('ZRANGE', KEYS[places + i], 0, math.min(excess, 1000) - 1)
+        redis.call('HDEL', records, unpack(ids))
+        redis.call('ZREM', order, unpack(ids))
+        redis.call('ZREM', KEYS[places + i], unpack(ids))
+        forget(ARGV[names - 1 + 2 * i], ids)
+        excess = excess - #ids
+        moved = true
+      end
     end
   end
-  for _, key in ipairs(all) do
-    if ttl > 0 then redis.call('PEXPIRE', key, ttl) else redis.call('PERSIST', key) end
+  if ttl > 0 and next(touched) then
+    -- What has expired is invisible already; a little of it is swept out with each add.
+    local ids = redis.call('ZRANGEBYSCORE', order, '-inf', '(' .. cutoff, 'LIMIT', 0, 200)
+    for _, id in ipairs(ids) do
+      local value = redis.call('HGET', records, id)
+      local session = ''
+      if value then
+        session = session_of(value)
+        local suffix = redis.call('HGET', sessions, session)
+        if suffix then
+          redis.call('ZREM', prefix .. suffix, id)
+          if redis.call('EXISTS', prefix .. suffix) == 0 then
+            redis.call('HDEL', sessions, session)
+          end
+        end
+        redis.call('HDEL', records, id)
+      end
+      redis.call('ZREM', order, id)
+      forget(session, {id})
+      moved = true
+    end
   end
+  if moved then
+    newest_id, removed = newest(), redis.call('HLEN', gone)
+  end
+  if next(touched) then
+    if of_use then redis.call('HSET', index, 'n', newest_id) end
+    local all = {}
+    for i in pairs(touched) do all[#all + 1] = KEYS[places + i] end
+    -- Another worker, or this one before, may have been told to let memories expire.
+    if ttl > 0 or redis.call('PTTL', order) >= 0 then
+      for _, each in ipairs({records, order, sessions, index, entries, gone}) do
+        all[#all + 1] = each
+      end
+      for _, field in ipairs(redis.call('HKEYS', index)) do
+        local name = string.match(field, '^s(.+)$')
+        if name then all[#all + 1] = segments .. name end
+      end
+    end
+    for _, each in ipairs(all) do
+      if ttl > 0 then redis.call('PEXPIRE', each, ttl) else redis.call('PERSIST', each) end
+    end
+  end
+  told[#told + 1] = {table.concat(stored), redis.call('HLEN', entries), removed,
+                     tonumber(indexed or '0'), of_use and 1 or 0}
 end
-return {table.concat(stored), redis.call('HLEN', entries), redis.call('HLEN', gone),
-        tonumber(redis.call('HGET', index, 'c') or '0'), of_use and 1 or 0}
+
+while key < #KEYS do add_all_of_a_user() end
+return told
 """
 )
 

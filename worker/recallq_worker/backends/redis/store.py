@@ -14,11 +14,9 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar, cast
-
-from redis import exceptions
 
 from recallq.contract import Health, Scope
 from recallq.errors import BackendError, BackendUnavailable, JobError
@@ -59,6 +57,9 @@ _SEARCHES = 5
 _ADDED = {"n": Added.NEW, "k": Added.KNOWN, "f": Added.FENCED}
 """What the script says of each record."""
 
+_ADDED_TOGETHER = 100
+"""Records, about, that one step adds: Redis does nothing else meanwhile."""
+
 T = TypeVar("T")
 
 
@@ -66,6 +67,8 @@ T = TypeVar("T")
 class _UserAdd:
     """The records of one user in one call, and where they stand in it."""
 
+    base: str
+    """How the user's keys begin."""
     records: list[Record] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     sessions: dict[str, int] = field(default_factory=dict)
@@ -138,7 +141,7 @@ class RedisStore:
             remembered=self._remembered,
             forget=None if self._semantic is None else self._semantic.rows.forget,
         )
-        await self._asking(self._redis.script_load(scripts.ADD))
+        await self._asking(self._redis.script_load(scripts.ADD))  # which tells whether it answers
         if self._semantic is not None:
             await self._semantic.start()
 
@@ -158,49 +161,53 @@ class RedisStore:
         users: dict[tuple[str, str], _UserAdd] = {}
         for position, record in enumerate(records):
             scope = record.scope
-            user = users.setdefault((scope.tenant, scope.user_id), _UserAdd())
+            user = users.get((scope.tenant, scope.user_id))
+            if user is None:
+                base = self._base(scope.tenant, scope.user_id)
+                user = users[scope.tenant, scope.user_id] = _UserAdd(base)
             user.records.append(record)
             user.positions.append(position)
             user.sessions.setdefault(scope.session_id or "", len(user.sessions) + 1)
-        calls = [self._add_call(tenant, user_id, user) for (tenant, user_id), user in users.items()]
-        replies = await self._asking(self._add_all(calls))
         stored = [Added.FENCED] * len(records)
-        for ((tenant, user_id), user), reply in zip(users.items(), replies, strict=True):
-            flags, entries, gone, indexed, fits = reply
-            for position, flag in zip(user.positions, flags.decode(), strict=True):
-                stored[position] = _ADDED[flag]
-            self._index.notice(
-                self._base(tenant, user_id),
-                entries=entries,
-                gone=gone,
-                indexed=indexed,
-                fits=bool(fits),
-            )
+        for some in _portions(list(users.values())):
+            replies = await self._asking(self._add_users(some))
+            for user, (flags, entries, gone, indexed, fits) in zip(some, replies, strict=True):
+                for position, flag in zip(user.positions, flags.decode(), strict=True):
+                    stored[position] = _ADDED[flag]
+                self._index.notice(
+                    user.base, entries=entries, gone=gone, indexed=indexed, fits=bool(fits)
+                )
         return stored
 
-    def _add_call(self, tenant: str, user_id: str, user: _UserAdd) -> tuple[list[str], list[Any]]:
-        """Keys and arguments of the script that adds one user's records."""
-        base = self._base(tenant, user_id)
-        suffixes = {session: escape(session) for session in user.sessions}
-        own = IndexKeys(base)
-        keys = [own.records, own.order, f"{base}:x", f"{base}:f", *own.own]
-        keys += [f"{base}:s:{suffix}" for suffix in suffixes.values()]
+    def _add_users(self, users: Sequence[_UserAdd]) -> Awaitable[list[list[Any]]]:
+        """All of them in one step."""
+        keys: list[str] = []
         args: list[Any] = [
             (self._ttl or 0) * 1000,
             self._max_messages or 0,
             self._cutoff(),
-            f"{base}:s:",
-            own.segments,
             VERSION,
-            len(suffixes),
         ]
-        for session, suffix in suffixes.items():
-            args += [session, suffix]
-        for record in user.records:
-            session = record.scope.session_id or ""
-            args += [user.sessions[session], record.record_id, record.order, record.epoch]
-            args += [to_value(record), self._entry(base, record)]
-        return keys, args
+        for user in users:
+            base, sessions = user.base, user.sessions
+            suffixes = [escape(session) for session in sessions]
+            own = IndexKeys(base)
+            prefix = f"{base}:s:"
+            keys += (own.records, own.order, f"{base}:x", f"{base}:f", *own.own)
+            keys += [prefix + suffix for suffix in suffixes]
+            args += (prefix, own.segments, len(suffixes), len(user.records))
+            for session, suffix in zip(sessions, suffixes, strict=True):
+                args += (session, suffix)
+            for record in user.records:
+                args += (
+                    sessions[record.scope.session_id or ""],
+                    record.record_id,
+                    record.order,
+                    record.epoch,
+                    to_value(record),
+                    self._entry(base, record),
+                )
+        return self._add(keys=keys, args=args)
 
     def _entry(self, base: str, record: Record) -> bytes:
         """What a record is found by until it is in a segment."""
@@ -209,23 +216,6 @@ class RedisStore:
         entry = encode_entry(session_id, record.order, analysis.weights, analysis.usual)
         self._remembered.keep_text(base, record.record_id.encode(), entry, analysis.text)
         return entry
-
-    async def _add_all(self, calls: list[tuple[list[str], list[Any]]]) -> list[list[Any]]:
-        """All users in one round trip."""
-        for first_try in (True, False):
-            pipe = self._redis.pipeline(transaction=False)
-            for keys, args in calls:
-                pipe.evalsha(self._add.sha, len(keys), *keys, *args)
-            # Not raised by the pipeline, which would quote the command: ids, and what users said.
-            replies = await pipe.execute(raise_on_error=False)
-            error = next((each for each in replies if isinstance(each, Exception)), None)
-            if error is None:
-                return list(replies)
-            if not (first_try and isinstance(error, exceptions.NoScriptError)):
-                raise error
-            # The server was restarted. Adding again what had been added changes nothing.
-            await self._redis.script_load(scripts.ADD)
-        raise AssertionError("unreachable")
 
     # --- the second step ------------------------------------------------------------------------
 
@@ -433,3 +423,17 @@ class RedisStore:
         except LOST as error:
             kind = BackendUnavailable if is_transient(error) else BackendError
             raise kind(f"Redis at {redact(self._url)}: {reason_of(error)}") from error
+
+
+def _portions(users: Sequence[_UserAdd]) -> Iterator[list[_UserAdd]]:
+    """Users, as many as may be added to together."""
+    portion: list[_UserAdd] = []
+    size = 0
+    for user in users:
+        if portion and size + len(user.records) > _ADDED_TOGETHER:
+            yield portion
+            portion, size = [], 0
+        portion.append(user)
+        size += len(user.records)
+    if portion:
+        yield portion
