@@ -13,7 +13,6 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 from recallq.contract import AnyJob, Lane, Operation, Outcome
 from recallq.errors import ClientClosed
@@ -29,15 +28,18 @@ class Draft:
     """Bytes it will take in the message, about."""
     came_at: float
     """When it was called, on the event loop's clock."""
-    accepted: asyncio.Future[None]
-    """Done once its batch is in the ledger and on the queue."""
-    outcome: asyncio.Future[Outcome] | None
-    """How it settled; cancelled when nobody waits any longer, None if nobody ever will."""
+    answer: asyncio.Future[Outcome | None]
+    """What its caller awaits: how it settled or, without `waits`, nothing, once its batch is in the
+    ledger and on the queue. Done before it leaves if the caller has given up."""
+    waits: bool
+    """Whether its caller waits until it has settled."""
     early: bool = False
-    """Whether its caller waits only until it is stored."""
+    """Whether until it is stored is enough."""
 
 
-Send = Callable[[Lane, Operation, list[Draft]], Awaitable[None]]
+Send = Callable[[Lane, Operation, list[Draft], Callable[[], None]], Awaitable[None]]
+"""Sends a batch: returns once it is accepted, and calls what it was given once all who wait for
+jobs of it have their answers."""
 
 
 @dataclass(slots=True)
@@ -52,6 +54,22 @@ class _Stream:
     unanswered: int = 0
     scheduled: bool = False
     timer: asyncio.TimerHandle | None = None
+
+
+class _Flight:
+    """A batch that is under way."""
+
+    __slots__ = ("_land", "_stream")
+
+    def __init__(self, stream: _Stream, land: Callable[[_Stream], None]) -> None:
+        self._stream: _Stream | None = stream
+        self._land = land
+
+    def land(self) -> None:
+        """It is answered, or was refused: another may leave. Counts once."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._land(stream)
 
 
 class Batcher:
@@ -74,23 +92,20 @@ class Batcher:
         wait: bool,
         early: bool = False,
     ) -> Draft:
-        """Queues `job`; with `wait`, the caller will wait for its outcome too, with `early` only
-        until it is stored."""
+        """Queues `job`; with `wait`, the caller will wait for its outcome, with `early` only until
+        it is stored."""
         if self._closed:
             raise ClientClosed("the client was stopped")
         loop = asyncio.get_running_loop()
-        outcome = loop.create_future() if wait else None
-        draft = Draft(job, size, loop.time(), loop.create_future(), outcome, early)
+        draft = Draft(job, size, loop.time(), loop.create_future(), wait, early)
         stream = self._streams.get((lane, operation))
         if stream is None:
             stream = self._streams[lane, operation] = _Stream(lane, operation)
         stream.waiting.append(draft)
         stream.size += size
         stream.records += job.weight
-        if not stream.scheduled:
-            # Not at once: what is called in the same turn of the loop shares the batch.
-            stream.scheduled = True
-            loop.call_soon(self._pump, stream)
+        # Not at once: what is called in the same turn of the loop shares the batch.
+        self._pump_soon(stream)
         return draft
 
     async def close(self) -> None:
@@ -109,6 +124,11 @@ class Batcher:
             for draft in drafts:
                 _fail(draft, ClientClosed("the client was stopped"))
 
+    def _pump_soon(self, stream: _Stream) -> None:
+        if not stream.scheduled:
+            stream.scheduled = True
+            asyncio.get_running_loop().call_soon(self._pump, stream)
+
     def _pump(self, stream: _Stream) -> None:
         """Sends what may leave, and sees to it that it is called again for the rest."""
         loop = asyncio.get_running_loop()
@@ -117,6 +137,8 @@ class Batcher:
         if stream.timer is not None:
             stream.timer.cancel()
             stream.timer = None
+        if self._closed:
+            return
         while stream.waiting and (
             stream.unanswered < self._settings.batch_window
             or self._full(stream)
@@ -127,8 +149,8 @@ class Batcher:
                 stream.unanswered += 1
                 task = loop.create_task(self._dispatch(stream, drafts))
                 self._sending[task] = drafts
-                task.add_done_callback(partial(self._answered, stream))
-        if stream.waiting and not self._closed:
+                task.add_done_callback(self._sending.pop)
+        if stream.waiting:
             # Counted from the oldest, however steadily others follow it.
             stream.timer = loop.call_at(stream.waiting[0].came_at + linger, self._pump, stream)
 
@@ -157,15 +179,16 @@ class Batcher:
             stream.waiting.popleft()
             stream.size -= draft.size
             stream.records -= weight
-            if not draft.accepted.cancelled():  # its caller gave up before it left
+            if not draft.answer.done():  # else its caller gave up before it left
                 drafts.append(draft)
                 size += draft.size
                 records += weight
         return drafts
 
     async def _dispatch(self, stream: _Stream, drafts: list[Draft]) -> None:
+        flight = _Flight(stream, self._landed)
         try:
-            await self._send(stream.lane, stream.operation, drafts)
+            await self._send(stream.lane, stream.operation, drafts, flight.land)
         except asyncio.CancelledError:
             for draft in drafts:
                 _fail(draft, ClientClosed("the client was stopped while the call was being sent"))
@@ -173,24 +196,26 @@ class Batcher:
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the callers' to see
             for draft in drafts:
                 _fail(draft, error)
+            flight.land()
         else:
+            waits = False
             for draft in drafts:
-                if not draft.accepted.done():
-                    draft.accepted.set_result(None)
-            outcomes = [draft.outcome for draft in drafts if draft.outcome is not None]
-            if outcomes:
-                await asyncio.wait(outcomes)
+                if draft.waits:
+                    waits = True
+                elif not draft.answer.done():
+                    draft.answer.set_result(None)
+            if not waits:
+                flight.land()
 
-    def _answered(self, stream: _Stream, task: asyncio.Task[None]) -> None:
-        """A batch is answered, or was refused: another may leave."""
-        del self._sending[task]
+    def _landed(self, stream: _Stream) -> None:
         stream.unanswered -= 1
-        if not self._closed:
-            self._pump(stream)
+        if stream.waiting:
+            # After those who were answered just now, who may have more to ask.
+            self._pump_soon(stream)
 
 
 def _fail(draft: Draft, error: BaseException) -> None:
-    if not draft.accepted.done():
-        draft.accepted.set_exception(error)
+    if not draft.answer.done():
+        draft.answer.set_exception(error)
         # The caller may be gone: an exception that nobody fetches is not worth a log line.
-        draft.accepted.exception()
+        draft.answer.exception()

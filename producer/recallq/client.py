@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -42,7 +42,7 @@ from recallq.handle import JobHandle
 from recallq.messages import Message, MessageLike, returning
 from recallq.requests import Filters, Request, Requests
 from recallq.settings import ClientSettings
-from recallq.transport import Transport
+from recallq.transport import Transport, Waiter
 from recallq.workers import WorkerInfo
 
 _IN_ORDER = 1.0
@@ -402,28 +402,38 @@ class MemoryClient:
 
     async def _call(self, request: Request, timeout: float, *, early: bool = False) -> Any:
         """Sends a job and waits for its value."""
-        draft: Draft | None = None
+        loop = asyncio.get_running_loop()
+        slots = self._in_flight[request.operation.writes]
+        deadline = loop.time() + timeout
         try:
-            async with asyncio.timeout(timeout), self._in_flight[request.operation.writes]:
+            if slots.locked():
+                async with asyncio.timeout_at(deadline):
+                    await slots.acquire()
+            else:
+                await slots.acquire()  # at once
+            try:
                 draft = self._put(request, wait=True, early=early)
-                await draft.accepted
-                assert draft.outcome is not None  # wait=True
-                outcome = await draft.outcome
+                # For itself rather than with asyncio.timeout: it is a good part of a call's cost.
+                timer = loop.call_at(deadline, _give_up, draft.answer)
+                try:
+                    outcome = await draft.answer
+                finally:
+                    timer.cancel()
+            finally:
+                slots.release()
         except TimeoutError:
             hint = await self._why_no_answer(request.lane, request.job.id)
             raise JobTimeout(
                 f"no answer to {request.operation.value} within {timeout:g} s{hint}",
                 job_id=request.job.id or None,
             ) from None
-        finally:
-            if draft is not None and draft.outcome is not None:
-                draft.outcome.cancel()  # nobody waits any longer
+        assert outcome is not None  # wait=True
         return self.value_of(outcome, request.job.id, early=early)
 
     async def _submit(self, request: Request) -> JobHandle:
         """Sends a job and returns once it is accepted."""
         async with self._in_flight[request.operation.writes]:
-            await self._put(request, wait=False).accepted
+            await self._put(request, wait=False).answer
         return JobHandle(self, request.job.id)
 
     def _put(self, request: Request, *, wait: bool, early: bool = False) -> Draft:
@@ -433,7 +443,9 @@ class MemoryClient:
             request.lane, request.operation, request.job, size, wait=wait, early=early
         )
 
-    async def _send(self, lane: Lane, operation: Operation, drafts: list[Draft]) -> None:
+    async def _send(
+        self, lane: Lane, operation: Operation, drafts: list[Draft], over: Callable[[], None]
+    ) -> None:
         """Publishes one batch; what `Batcher` calls."""
         transport = self.transport
         batch = make_batch(
@@ -444,9 +456,13 @@ class MemoryClient:
             self.settings.backend,
         )
         payload = encode_batch(batch)
-        for index, draft in enumerate(drafts):
-            if draft.outcome is not None and not draft.outcome.done():
-                transport.expect(batch.id, index, draft.outcome, early=draft.early)
+        waiters = [
+            Waiter(index, draft.answer, draft.early)
+            for index, draft in enumerate(drafts)
+            if draft.waits
+        ]
+        if waiters:
+            transport.expect(batch.id, waiters, over)
         if not operation.writes:
             await transport.publish(batch, payload)
             return
@@ -487,3 +503,9 @@ class MemoryClient:
 
     def _timeout(self, timeout: float | None) -> float:
         return self.settings.timeout if timeout is None else timeout
+
+
+def _give_up(answer: asyncio.Future[Outcome | None]) -> None:
+    """The caller's time is over."""
+    if not answer.done():
+        answer.set_exception(TimeoutError())

@@ -186,13 +186,56 @@ def to_message(value: MessageLike, where: str = "message") -> Message:
 
 def to_messages(values: MessageLike | Sequence[MessageLike]) -> list[Message]:
     """`values` as a list of messages; a single message or string counts as a list of one."""
-    if isinstance(values, (str, Mapping, BaseModel)):
-        return [to_message(values)]
-    if not isinstance(values, Sequence) or isinstance(values, (bytes, bytearray)):
-        if callable(getattr(values, "to_dict", None)):
-            return [to_message(values)]
-        raise InvalidInput(f"messages must be a list of messages, not a {type(values).__name__}")
-    return [to_message(value, f"messages[{index}]") for index, value in enumerate(values)]
+    return [to_message(value, where) for where, value in _one_by_one(values)]
+
+
+def _one_by_one(
+    values: MessageLike | Sequence[MessageLike],
+) -> Iterator[tuple[str, MessageLike]]:
+    """Each of them, and what it is called in errors."""
+    single = isinstance(values, (str, Mapping, BaseModel))
+    if not single and (not isinstance(values, Sequence) or isinstance(values, (bytes, bytearray))):
+        if not callable(getattr(values, "to_dict", None)):
+            raise InvalidInput(
+                f"messages must be a list of messages, not a {type(values).__name__}"
+            )
+        single = True
+    if single:
+        yield "message", values
+        return
+    for index, value in enumerate(values):
+        yield f"messages[{index}]", value
+
+
+def encode_messages(values: MessageLike | Sequence[MessageLike], limit: int) -> list[bytes]:
+    """What is sent of `values`, as `to_messages` and `encode_message` make it."""
+    return [
+        _encode_plain(value, limit)
+        or encode_message(to_message(value, where), f"messages[{index}]", limit)
+        for index, (where, value) in enumerate(_one_by_one(values))
+    ]
+
+
+def _encode_plain(value: MessageLike, limit: int) -> bytes | None:
+    """The same for a string, and for a role and a text, which are messages as they are and most of
+    what agents store: without the way through `Message`, which costs ten times as much. None for
+    anything else, and for what cannot be sent."""
+    if type(value) is str:
+        plain: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": value}]}
+    elif (
+        type(value) is dict
+        and len(value) == 2
+        and type(role := value.get("role")) is str
+        and type(content := value.get("content")) is str
+    ):
+        plain = {"role": role, "content": content}
+    else:
+        return None
+    try:
+        encoded = orjson.dumps(plain)
+    except TypeError:
+        return None
+    return encoded if len(encoded) <= limit else None
 
 
 def encode_message(message: Message, where: str, limit: int) -> bytes:

@@ -25,10 +25,11 @@ from recallq.contract import (
     Scope,
     SearchJob,
     Wait,
+    made,
 )
 from recallq.errors import ConfigurationError, InvalidInput
 from recallq.jsonable import is_unicode
-from recallq.messages import MessageLike, encode_message, to_messages
+from recallq.messages import MessageLike, encode_messages, to_messages
 from recallq.settings import ClientSettings
 
 _SEARCH_FILTERS = ("top_k", "session_id", "score_threshold")
@@ -36,6 +37,9 @@ _LIST_FILTERS = ("page_num", "page_size", "session_id")
 
 _LONGEST_TIMEOUT = 366 * 24 * 3600
 _LARGEST_NUMBER = 2**53
+_MOST_REMEMBERED = 10_000
+_LONGEST_REMEMBERED = 200
+"""Ids, and characters of one."""
 
 Filters = Mapping[str, Any]
 
@@ -57,6 +61,8 @@ class Requests:
     def __init__(self, settings: ClientSettings, clock: FleetClock) -> None:
         self._settings = settings
         self._clock = clock
+        self._sound: set[str] = set()
+        """Ids that were checked before: most calls are about few."""
         try:
             self._check_id("tenant", settings.tenant)
         except InvalidInput as error:
@@ -76,6 +82,7 @@ class Requests:
     ) -> Request:
         """To add messages. Takes the order key now, unless it was taken before."""
         settings = self._settings
+        way = self._lane(lane)
         scope = self._scope(user_id, DEFAULT_SESSION if session_id is None else session_id)
         if idempotency_key is not None:
             self._check_id("idempotency_key", idempotency_key)
@@ -85,10 +92,7 @@ class Requests:
             raise InvalidInput(f"order must be what next_order() returned, not {_short(order)}")
         if infer is not None and not isinstance(infer, bool):
             raise InvalidInput(f"infer must be True, False or None, not {_short(infer)}")
-        encoded = [
-            encode_message(message, f"messages[{index}]", settings.max_message_bytes)
-            for index, message in enumerate(to_messages(messages))
-        ]
+        encoded = encode_messages(messages, settings.max_message_bytes)
         if not encoded:
             raise InvalidInput("messages is empty; give at least one message to add")
         size = sum(map(len, encoded))
@@ -98,7 +102,8 @@ class Requests:
                 f"{settings.max_job_bytes:,}; add them in several calls, or raise max_job_bytes"
             )
         submitted_at, deadline = self._times(timeout)
-        job = AddJob.model_construct(
+        job = made(
+            AddJob,
             id="",
             scope=scope,
             submitted_at=submitted_at,
@@ -106,9 +111,10 @@ class Requests:
             messages=cast("list[dict[str, Any]]", [orjson.Fragment(each) for each in encoded]),
             order=self._clock.next_order() if order is None else order,
             idempotency_key=idempotency_key,
+            origin=None,
             infer=infer,
         )
-        return Request(self._lane(lane), Operation.ADD, job, size)
+        return Request(way, Operation.ADD, job, size)
 
     def search(
         self,
@@ -136,7 +142,8 @@ class Requests:
         if not text.strip():
             return None
         submitted_at, deadline = self._times(timeout)
-        job = SearchJob.model_construct(
+        job = made(
+            SearchJob,
             id="",
             scope=scope,
             submitted_at=submitted_at,
@@ -161,7 +168,8 @@ class Requests:
         page_num = self._count(given, "page_num", 1, limited=False)
         scope = self._scope(user_id, given.get("session_id"))
         submitted_at, deadline = self._times(timeout)
-        job = ListJob.model_construct(
+        job = made(
+            ListJob,
             id="",
             scope=scope,
             submitted_at=submitted_at,
@@ -185,7 +193,8 @@ class Requests:
         if idempotency_key is not None:
             self._check_id("idempotency_key", idempotency_key)
         submitted_at, deadline = self._times(timeout)
-        job = DeleteJob.model_construct(
+        job = made(
+            DeleteJob,
             id="",
             scope=scope,
             submitted_at=submitted_at,
@@ -202,9 +211,7 @@ class Requests:
         """To ask the memory backend how it is."""
         submitted_at, deadline = self._times(timeout)
         scope = Scope(self._settings.tenant, "")
-        job = HealthJob.model_construct(
-            id="", scope=scope, submitted_at=submitted_at, deadline=deadline
-        )
+        job = made(HealthJob, id="", scope=scope, submitted_at=submitted_at, deadline=deadline)
         return Request(Lane.LIVE, Operation.HEALTH, job)
 
     def is_early(self, wait: Wait | None) -> bool:
@@ -216,8 +223,10 @@ class Requests:
 
     @staticmethod
     def _lane(lane: Lane | str | None) -> Lane:
+        if lane is None:
+            return Lane.LIVE
         try:
-            return Lane.LIVE if lane is None else Lane(lane)
+            return Lane(lane)
         except ValueError:
             known = ", ".join(each.value for each in Lane)
             raise InvalidInput(f"lane {lane!r} is unknown; the lanes are {known}") from None
@@ -242,12 +251,18 @@ class Requests:
     def _check_id(self, name: str, value: object) -> None:
         if not isinstance(value, str):
             raise InvalidInput(f"{name} must be a string, not {type(value).__name__}")
+        if value in self._sound:
+            return
         if not value:
             raise InvalidInput(f"{name} is empty")
         _check_text(name, value)
         limit = self._settings.max_id_bytes
         if len(value) > limit or len(value.encode()) > limit:
             raise InvalidInput(f"{name} is longer than {limit:,} bytes")
+        if len(value) <= _LONGEST_REMEMBERED:
+            if len(self._sound) >= _MOST_REMEMBERED:
+                self._sound.clear()
+            self._sound.add(value)
 
     def _filters(self, filters: Filters | None, known: tuple[str, ...]) -> Filters:
         if filters is None:

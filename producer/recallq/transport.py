@@ -16,10 +16,10 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import orjson
 
@@ -57,12 +57,13 @@ _LOOK_UP_CHUNK = 200
 
 
 @dataclass(slots=True)
-class _Waiter:
+class Waiter:
     """Somebody who waits for a job."""
 
     index: int
     """Of the job, in its batch."""
-    outcome: asyncio.Future[Outcome]
+    outcome: asyncio.Future[Any]
+    """Gets the job's `Outcome`; done before that when nobody waits any longer."""
     early: bool
     """Whether it is enough that the job is stored."""
 
@@ -71,8 +72,10 @@ class _Waiter:
 class _Expected:
     """A batch of this client some of whose jobs are waited for."""
 
-    waiters: list[_Waiter] = field(default_factory=list)
-    next_look_up: float = 0.0
+    waiters: list[Waiter]
+    next_look_up: float
+    over: Callable[[], None] | None = None
+    """To be called when nobody waits any more."""
     interval: float = _FIRST_LOOK_UP
 
 
@@ -132,6 +135,7 @@ class Transport:
             for waiter in expected.waiters:
                 if not waiter.outcome.done():
                     waiter.outcome.set_exception(ClientClosed("the client was stopped"))
+                    waiter.outcome.exception()  # a caller who is gone does not fetch it
         await self._disconnect()
 
     async def _disconnect(self) -> None:
@@ -165,43 +169,31 @@ class Transport:
     # --- back -----------------------------------------------------------------------------------
 
     def expect(
-        self,
-        batch_id: str,
-        index: int,
-        outcome: asyncio.Future[Outcome],
-        *,
-        early: bool = False,
+        self, batch_id: str, waiters: list[Waiter], over: Callable[[], None] | None = None
     ) -> None:
-        """Resolves `outcome` when job `index` of a batch of this client settles, or with `early`
-        when it is stored.
+        """Resolves the futures of `waiters` when jobs of a batch of this client settle, and calls
+        `over` when nobody waits for any of them any more.
 
-        To be called before the batch is published, or before its result is looked up. The future
-        is dropped as soon as it is done, by a result or by cancellation.
+        To be called before the batch is published, or before its result is looked up. A future that
+        is done already, because nobody waits any longer, is dropped within half a second.
         """
         expected = self._expected.get(batch_id)
         if expected is None:
-            expected = self._expected[batch_id] = _Expected(
-                next_look_up=time.monotonic() + _FIRST_LOOK_UP
-            )
-        expected.waiters.append(_Waiter(index, outcome, early))
-        outcome.add_done_callback(lambda _: self._forget_done(batch_id))
+            due = time.monotonic() + _FIRST_LOOK_UP
+            self._expected[batch_id] = _Expected(waiters, due, over)
+        else:
+            expected.waiters += waiters
 
     @property
     def waiting(self) -> int:
         """How many jobs somebody waits for."""
-        return sum(len(expected.waiters) for expected in self._expected.values())
-
-    def _forget_done(self, batch_id: str) -> None:
-        expected = self._expected.get(batch_id)
-        if expected is not None:
-            expected.waiters = [each for each in expected.waiters if not each.outcome.done()]
-            if not expected.waiters:
-                del self._expected[batch_id]
+        every = (each for expected in self._expected.values() for each in expected.waiters)
+        return sum(not waiter.outcome.done() for waiter in every)
 
     def listen(self, ref: JobRef, *, early: bool = False) -> asyncio.Future[Outcome]:
         """A future for a job's outcome. Another client's comes only by looking it up."""
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.expect(ref.batch_id, ref.index, outcome, early=early)
+        self.expect(ref.batch_id, [Waiter(ref.index, outcome, early)])
         return outcome
 
     async def cancel(self, ref: JobRef) -> JobState | None:
@@ -324,29 +316,45 @@ class Transport:
             delay = min(delay * 2, 1.0)
 
     def _on_reply(self, data: bytes) -> None:
-        batch_id, _, stored = data.partition(b"\n")
-        expected = self._expected.get(batch_id.decode(errors="replace"))
+        head, _, stored = data.partition(b"\n")
+        batch_id = head.decode(errors="replace")
+        expected = self._expected.get(batch_id)
         if expected is not None:  # else nobody waits: submitted and forgotten
-            self._resolve(expected, stored)
+            self._resolve(batch_id, expected, stored)
 
-    def _resolve(self, expected: _Expected, stored: bytes) -> None:
+    def _resolve(self, batch_id: str, expected: _Expected, stored: bytes) -> None:
         try:
             result = _read_result(stored)
         except ValueError:
             log.exception("unreadable result")
             result = _defect("the worker's result could not be read")
+        left = []
         for waiter in expected.waiters:
-            outcome = _outcome_of(result, waiter.index)
-            if outcome is None or waiter.outcome.done():
+            if waiter.outcome.done():
                 continue
-            if outcome.state.settled or waiter.early:
+            outcome = _outcome_of(result, waiter.index)
+            if outcome is not None and (outcome.state.settled or waiter.early):
                 waiter.outcome.set_result(outcome)
+            else:
+                left.append(waiter)
+        self._still_waiting(batch_id, expected, left)
+
+    def _still_waiting(self, batch_id: str, expected: _Expected, waiters: list[Waiter]) -> None:
+        """Notes who is left of those who wait for a batch."""
+        expected.waiters = waiters
+        if not waiters:
+            del self._expected[batch_id]
+            if expected.over is not None:
+                expected.over()
 
     async def _look_up_late_results(self) -> None:
         """Finds results whose announcement was missed. Late ones are asked for ever more rarely."""
         while True:
             await asyncio.sleep(_FIRST_LOOK_UP / 2)
             now = time.monotonic()
+            for batch_id, expected in list(self._expected.items()):
+                left = [each for each in expected.waiters if not each.outcome.done()]
+                self._still_waiting(batch_id, expected, left)
             everything, self._look_up_all = self._look_up_all, False
             late = [
                 batch_id
@@ -371,7 +379,7 @@ class Transport:
             expected.interval = min(expected.interval * 1.5, 5.0)
             expected.next_look_up = now + expected.interval
             if stored is not None:
-                self._resolve(expected, cast("bytes", stored))
+                self._resolve(batch_id, expected, cast("bytes", stored))
 
 
 def _read_result(stored: bytes) -> BatchResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,8 @@ class Sent:
     lane: Lane
     operation: Operation
     drafts: list[Draft]
+    over: Callable[[], None]
+    """What the batcher wants called once all who wait have their answers."""
 
     @property
     def names(self) -> list[str]:
@@ -52,16 +55,33 @@ class Broker:
     before: Callable[[Sent], Awaitable[None]] | None = None
     """Awaited while a batch is being sent."""
 
-    async def send(self, lane: Lane, operation: Operation, drafts: list[Draft]) -> None:
-        batch = Sent(now(), lane, operation, list(drafts))
+    _taken: defaultdict[Draft, asyncio.Event] = field(
+        default_factory=lambda: defaultdict(asyncio.Event)
+    )
+
+    async def send(
+        self, lane: Lane, operation: Operation, drafts: list[Draft], over: Callable[[], None]
+    ) -> None:
+        batch = Sent(now(), lane, operation, list(drafts), over)
         self.sent.append(batch)
         if self.before is not None:
             await self.before(batch)
+        for draft in drafts:
+            self._taken[draft].set()
+
+    async def took(self, draft: Draft) -> None:
+        """Returns once a draft's batch is taken: the caller of one that waits is not told."""
+        await self._taken[draft].wait()
 
     def answer(self, index: int) -> None:
-        for draft in self.sent[index].drafts:
-            if draft.outcome is not None and not draft.outcome.done():
-                draft.outcome.set_result(DONE)
+        """Answers who still waits for jobs of a batch; nobody waits for them afterwards."""
+        batch = self.sent[index]
+        waiting = [draft for draft in batch.drafts if draft.waits]
+        for draft in waiting:
+            if not draft.answer.done():
+                draft.answer.set_result(DONE)
+        if waiting:
+            batch.over()
 
     @property
     def batches(self) -> list[list[str]]:
@@ -86,10 +106,10 @@ def put(
     return batcher.put(lane, operation, job, size, wait=wait)
 
 
-async def use_up(batcher: Batcher, window: int = 4) -> None:
+async def use_up(broker: Broker, batcher: Batcher, window: int = 4) -> None:
     """Sends as many batches as may be unanswered, and leaves them so."""
     for number in range(window):
-        await put(batcher, f"early {number}").accepted
+        await broker.took(put(batcher, f"early {number}"))
 
 
 # --- when a job leaves --------------------------------------------------------------------------
@@ -101,11 +121,13 @@ def test_one_job_leaves_at_once() -> None:
     async def main() -> None:
         broker = Broker()
         draft = put(make(broker), "a")
-        await draft.accepted
+        await broker.took(draft)
         assert broker.batches == [["a"]]
         assert now() == 0.0
-        assert draft.outcome is not None
-        assert not draft.outcome.done()
+        assert draft.waits
+        assert not draft.answer.done()
+        broker.answer(0)
+        assert await draft.answer == DONE
 
     run_virtually(main())
 
@@ -118,7 +140,7 @@ def test_jobs_of_one_turn_share_a_batch() -> None:
         batcher = make(broker)
 
         async def call(name: str) -> None:
-            await put(batcher, name).accepted
+            await broker.took(put(batcher, name))
 
         await asyncio.gather(*(call(name) for name in "abc"))
         for name in "def":
@@ -154,12 +176,12 @@ def test_jobs_leave_at_once_until_the_window_is_used_up() -> None:
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=2)
-        await use_up(batcher, 2)
+        await use_up(broker, batcher, 2)
         assert now() == 0.0
         late = put(batcher, "late")
         await turns(10)
         assert broker.batches == [["early 0"], ["early 1"]]
-        await late.accepted
+        await broker.took(late)
         assert now() == pytest.approx(LINGER)
 
     run_virtually(main())
@@ -171,7 +193,7 @@ def test_jobs_gather_while_the_window_is_used_up() -> None:
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=1)
-        await use_up(batcher, 1)
+        await use_up(broker, batcher, 1)
         for name in "abcd":
             put(batcher, name)
             await asyncio.sleep(LINGER / 10)
@@ -187,28 +209,29 @@ def test_an_answer_lets_the_gathered_jobs_go() -> None:
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=2)
-        await use_up(batcher, 2)
+        await use_up(broker, batcher, 2)
         late = put(batcher, "late")
         await asyncio.sleep(LINGER / 5)
         broker.answer(0)
-        await late.accepted
+        await broker.took(late)
         assert now() == pytest.approx(LINGER / 5)
 
     run_virtually(main())
 
 
 def test_a_caller_that_gives_up_is_an_answer_too() -> None:
-    """A cancelled call's batch does not use up the window for ever."""
+    """A cancelled call's batch does not use up the window for ever: the sender finds that nobody
+    waits for it."""
 
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=1)
         first = put(batcher, "first")
-        await first.accepted
-        assert first.outcome is not None
-        first.outcome.cancel()
+        await broker.took(first)
+        first.answer.cancel()
+        broker.answer(0)
         await turns(5)
-        await put(batcher, "second").accepted
+        await broker.took(put(batcher, "second"))
         assert now() == 0.0
 
     run_virtually(main())
@@ -222,8 +245,8 @@ def test_submitted_jobs_leave_room_as_soon_as_they_are_accepted() -> None:
         batcher = make(broker, batch_window=1)
         for number in range(10):
             draft = put(batcher, str(number), wait=False)
-            assert draft.outcome is None
-            await draft.accepted
+            assert not draft.waits
+            assert await draft.answer is None
             await turns()
         assert len(broker.sent) == 10
         assert now() == 0.0
@@ -235,7 +258,7 @@ def test_a_full_batch_leaves_though_the_window_is_used_up() -> None:
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=1, batch_max_jobs=3)
-        await use_up(batcher, 1)
+        await use_up(broker, batcher, 1)
         for name in "abcd":
             put(batcher, name)
         await turns()
@@ -264,7 +287,7 @@ def test_a_batch_is_full_by_jobs_bytes_or_records(
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=1, **limit)
-        await use_up(batcher, 1)
+        await use_up(broker, batcher, 1)
         for batch in range(1, 4):
             for number in range(4):
                 assert len(broker.sent) == batch
@@ -280,12 +303,32 @@ def test_an_answer_makes_room_for_one_batch_and_no_more() -> None:
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=2)
-        await use_up(batcher, 2)
+        await use_up(broker, batcher, 2)
         broker.answer(0)
         await turns()
-        await put(batcher, "in its place").accepted
+        await broker.took(put(batcher, "in its place"))
         assert now() == 0.0
-        await put(batcher, "one too many").accepted
+        await broker.took(put(batcher, "one too many"))
+        assert now() == pytest.approx(LINGER)
+
+    run_virtually(main())
+
+
+def test_a_batch_that_is_over_twice_makes_room_once() -> None:
+    """As when a sender comes across it again, at once or later."""
+
+    async def main() -> None:
+        broker = Broker()
+        batcher = make(broker, batch_window=2)
+        await use_up(broker, batcher, 2)
+        broker.answer(0)
+        broker.sent[0].over()
+        await turns()
+        await broker.took(put(batcher, "in its place"))
+        assert now() == 0.0
+        broker.sent[0].over()
+        await turns()
+        await broker.took(put(batcher, "one too many"))
         assert now() == pytest.approx(LINGER)
 
     run_virtually(main())
@@ -298,7 +341,7 @@ def test_a_job_does_not_wait_for_those_that_come_after_it(every: float) -> None:
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=1, batch_max_jobs=10_000)
-        await use_up(batcher, 1)
+        await use_up(broker, batcher, 1)
         left: dict[str, float] = {}
         came: dict[str, float] = {}
         for number in range(40):
@@ -354,7 +397,7 @@ def test_a_stream_does_not_wait_for_another() -> None:
             put(batcher, f"bulk {number}", lane=Lane.BULK)
             await turns()
         before = now()
-        await put(batcher, "live").accepted
+        await broker.took(put(batcher, "live"))
         assert now() == before
         assert broker.sent[-1].names == ["live"]
 
@@ -370,6 +413,7 @@ jobs = st.lists(
 )
 
 
+@pytest.mark.parametrize("wait", [True, False])
 @given(
     calls=jobs,
     max_jobs=st.integers(1, 8),
@@ -379,6 +423,7 @@ jobs = st.lists(
 )
 @settings(max_examples=200, deadline=None)
 def test_batches_keep_their_limits_and_their_order(
+    wait: bool,
     calls: list[tuple[int, int, bool, int]],
     max_jobs: int,
     max_bytes: int,
@@ -399,9 +444,9 @@ def test_batches_keep_their_limits_and_their_order(
         )
         drafts: list[Draft] = []
         for number, (size, weight, give_up, pause) in enumerate(calls):
-            drafts.append(put(batcher, str(number), size, weight=weight))
+            drafts.append(put(batcher, str(number), size, weight=weight, wait=wait))
             if give_up:
-                drafts[-1].accepted.cancel()
+                drafts[-1].answer.cancel()
             await turns(pause)
         await asyncio.sleep(2 * LINGER)
         for batch in broker.sent:
@@ -413,7 +458,15 @@ def test_batches_keep_their_limits_and_their_order(
         left = [name for batch in broker.sent for name in batch.names]
         wanted = [str(number) for number, call in enumerate(calls) if not call[2]]
         assert left == wanted
-        assert all(draft.accepted.done() for draft in drafts)
+        for draft in drafts:
+            if not draft.answer.cancelled():
+                await broker.took(draft)
+                assert draft.answer.done() is not wait
+        for index in range(len(broker.sent)):
+            broker.answer(index)
+        assert all(draft.answer.done() for draft in drafts)
+        answers = [draft.answer.result() for draft in drafts if not draft.answer.cancelled()]
+        assert answers == [DONE if wait else None] * len(wanted)
 
     run_virtually(main())
 
@@ -469,10 +522,10 @@ def test_a_batch_of_which_all_gave_up_is_not_sent() -> None:
         broker = Broker()
         batcher = make(broker)
         for name in "abc":
-            put(batcher, name).accepted.cancel()
+            put(batcher, name).answer.cancel()
         await asyncio.sleep(2 * LINGER)
         assert broker.sent == []
-        await put(batcher, "d").accepted
+        await broker.took(put(batcher, "d"))
         assert broker.batches == [["d"]]
         assert now() == pytest.approx(2 * LINGER)
 
@@ -486,12 +539,12 @@ def test_giving_up_while_the_batch_is_sent_harms_nobody_else() -> None:
         batcher = make(broker)
         first, second = put(batcher, "a"), put(batcher, "b")
         await turns()
-        first.accepted.cancel()
-        assert first.outcome is not None
-        first.outcome.cancel()
+        first.answer.cancel()
         sending.set()
-        await second.accepted
+        await broker.took(second)
         assert broker.batches == [["a", "b"]]
+        broker.answer(0)
+        assert await second.answer == DONE
 
     run_virtually(main())
 
@@ -520,10 +573,43 @@ def test_a_batch_that_cannot_be_sent_fails_for_each_of_its_callers(error: Except
         drafts = [put(batcher, name) for name in "abc"]
         for draft in drafts:
             with pytest.raises(type(error)) as caught:
-                await draft.accepted
+                await draft.answer
             assert caught.value is error
-        await put(batcher, "d").accepted
+        await broker.took(put(batcher, "d"))
         assert now() == 0.0
+
+    run_virtually(main())
+
+
+def test_a_batch_that_cannot_be_sent_makes_room_for_one_other() -> None:
+    """What gathered meanwhile leaves at once. That the sender, too, finds in the end that nobody
+    waits for the failed batch makes no more room."""
+
+    async def main() -> None:
+        refused = asyncio.Event()
+
+        async def fail_first(batch: Sent) -> None:
+            if len(broker.sent) == 1:
+                await refused.wait()
+                raise OSError("gone")
+
+        broker = Broker(before=fail_first)
+        batcher = make(broker, batch_window=1)
+        first = put(batcher, "first")
+        await turns()
+        gathered = put(batcher, "gathered")
+        await turns()
+        assert broker.batches == [["first"]]
+        refused.set()
+        with pytest.raises(OSError, match="gone"):
+            await first.answer
+        await broker.took(gathered)
+        assert now() == 0.0
+        broker.sent[0].over()
+        await turns()
+        await broker.took(put(batcher, "one too many"))
+        assert now() == pytest.approx(LINGER)
+        assert broker.batches == [["first"], ["gathered"], ["one too many"]]
 
     run_virtually(main())
 
@@ -572,9 +658,9 @@ def test_the_end_ends_every_call_whenever_it_comes(turns_before: int, wait: bool
         await turns(turns_before)
         await batcher.close()
         for draft in drafts:
-            assert draft.accepted.done(), f"{draft.job.id} waits for ever"
+            assert draft.answer.done(), f"{draft.job.id} waits for ever"
             with pytest.raises(ClientClosed):
-                await draft.accepted
+                await draft.answer
 
     run_virtually(main())
 
@@ -583,12 +669,12 @@ def test_the_end_leaves_no_task_and_no_timer_behind() -> None:
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=1)
-        await use_up(batcher, 1)
+        await use_up(broker, batcher, 1)
         waiting = put(batcher, "waiting")
         await turns()
         await batcher.close()
         with pytest.raises(ClientClosed):
-            await waiting.accepted
+            await waiting.answer
         assert asyncio.all_tasks() == {asyncio.current_task()}
         await asyncio.sleep(10 * LINGER)
         assert broker.batches == [["early 0"]]
@@ -600,10 +686,14 @@ def test_what_was_accepted_before_the_end_stays_accepted() -> None:
     async def main() -> None:
         broker = Broker()
         batcher = make(broker)
-        draft = put(batcher, "a")
-        await draft.accepted
+        submitted, waiting = put(batcher, "a", wait=False), put(batcher, "b")
+        await broker.took(waiting)
+        assert await submitted.answer is None
         await batcher.close()
-        assert draft.accepted.result() is None
+        assert submitted.answer.result() is None
+        assert not waiting.answer.done()
+        broker.answer(0)
+        assert waiting.answer.result() == DONE
 
     run_virtually(main())
 
@@ -614,16 +704,16 @@ def test_a_call_cancelled_while_it_waits_does_not_leave() -> None:
     async def main() -> None:
         broker = Broker()
         batcher = make(broker, batch_window=1)
-        await use_up(batcher, 1)
+        await use_up(broker, batcher, 1)
 
         async def call(name: str) -> None:
             async with asyncio.timeout(LINGER / 2):
-                await put(batcher, name).accepted
+                await broker.took(put(batcher, name))
 
         with pytest.raises(TimeoutError):
             await call("impatient")
         patient = put(batcher, "patient")
-        await patient.accepted
+        await broker.took(patient)
         assert broker.batches == [["early 0"], ["patient"]]
 
     run_virtually(main())
@@ -635,7 +725,7 @@ def test_jobs_of_any_kind_are_carried() -> None:
         batcher = make(broker)
         job = DeleteJob(id="d", scope=SCOPE, submitted_at=0)
         draft = batcher.put(Lane.LIVE, Operation.DELETE, job, 0, wait=True)
-        await draft.accepted
+        await broker.took(draft)
         assert broker.sent[0].drafts == [draft]
         assert broker.sent[0].drafts[0].job is job
 
