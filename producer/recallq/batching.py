@@ -38,8 +38,8 @@ class Draft:
 
 
 Send = Callable[[Lane, Operation, list[Draft], Callable[[], None]], Awaitable[None]]
-"""Sends a batch: returns once it is accepted, and calls what it was given once all who wait for
-jobs of it have their answers."""
+"""Sends a batch: returns once it is accepted, and calls what it was given once nobody waits for
+jobs of it any more."""
 
 
 @dataclass(slots=True)
@@ -120,9 +120,10 @@ class Batcher:
         for task in sending:
             task.cancel()
         await asyncio.gather(*sending, return_exceptions=True)
-        for drafts in sending.values():  # of tasks that were cancelled before their first step
-            for draft in drafts:
-                _fail(draft, ClientClosed("the client was stopped"))
+        for task, drafts in sending.items():
+            if task.cancelled():  # before its first step, perhaps
+                for draft in drafts:
+                    _fail(draft, ClientClosed("the client was stopped"))
 
     def _pump_soon(self, stream: _Stream) -> None:
         if not stream.scheduled:
@@ -192,6 +193,7 @@ class Batcher:
         except asyncio.CancelledError:
             for draft in drafts:
                 _fail(draft, ClientClosed("the client was stopped while the call was being sent"))
+            flight.land()
             raise
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the callers' to see
             for draft in drafts:

@@ -417,6 +417,10 @@ class MemoryClient:
                 timer = loop.call_at(deadline, _give_up, draft.answer)
                 try:
                     outcome = await draft.answer
+                except BaseException:
+                    if request.job.id:
+                        self.transport.give_up(JobRef.parse(request.job.id).batch_id)
+                    raise
                 finally:
                     timer.cancel()
             finally:

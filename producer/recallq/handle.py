@@ -110,6 +110,7 @@ class JobHandle:
                     return news.result()
             finally:
                 news.cancel()
+                transport.give_up(self._ref.batch_id)
             # What its own client hears of, it need not ask for.
             own = self._ref.client_id == transport.client_id
             interval = min(interval * 1.5, _LONGEST_POLL * (4 if own else 1))

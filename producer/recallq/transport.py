@@ -174,8 +174,8 @@ class Transport:
         """Resolves the futures of `waiters` when jobs of a batch of this client settle, and calls
         `over` when nobody waits for any of them any more.
 
-        To be called before the batch is published, or before its result is looked up. A future that
-        is done already, because nobody waits any longer, is dropped within half a second.
+        To be called before the batch is published, or before its result is looked up. Who stops
+        waiting says so with `give_up`.
         """
         expected = self._expected.get(batch_id)
         if expected is None:
@@ -184,11 +184,17 @@ class Transport:
         else:
             expected.waiters += waiters
 
+    def give_up(self, batch_id: str) -> None:
+        """Drops those who wait for jobs of a batch and whose futures are done."""
+        expected = self._expected.get(batch_id)
+        if expected is not None:
+            left = [each for each in expected.waiters if not each.outcome.done()]
+            self._still_waiting(batch_id, expected, left)
+
     @property
     def waiting(self) -> int:
         """How many jobs somebody waits for."""
-        every = (each for expected in self._expected.values() for each in expected.waiters)
-        return sum(not waiter.outcome.done() for waiter in every)
+        return sum(len(expected.waiters) for expected in self._expected.values())
 
     def listen(self, ref: JobRef, *, early: bool = False) -> asyncio.Future[Outcome]:
         """A future for a job's outcome. Another client's comes only by looking it up."""
@@ -352,9 +358,6 @@ class Transport:
         while True:
             await asyncio.sleep(_FIRST_LOOK_UP / 2)
             now = time.monotonic()
-            for batch_id, expected in list(self._expected.items()):
-                left = [each for each in expected.waiters if not each.outcome.done()]
-                self._still_waiting(batch_id, expected, left)
             everything, self._look_up_all = self._look_up_all, False
             late = [
                 batch_id

@@ -15,10 +15,12 @@ from recallq.contract import Scope
 from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.in_memory import InMemoryStore
 from recallq_worker.search import upkeep
+from recallq_worker.search.entries import entries_of
 from recallq_worker.search.finder import Wanted, find
 from recallq_worker.search.in_memory import MemoryIndex
 from recallq_worker.search.segments import decode
-from recallq_worker.search.terms import analyze, query_terms
+from recallq_worker.search.terms import query_terms
+from tests.indexing import analyze
 
 USER = Scope("t", "u")
 NEVER = 10**9
@@ -503,7 +505,8 @@ async def test_what_has_vanished_makes_room_for_the_next(flushed: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upkeep, "ENTRIES", 50 if flushed else NEVER)
         for each in records.values():
-            index.add(each)
+            [entry] = entries_of(["s"], [each.order], [each.message])
+            index.add(each, *entry)
     newest = sorted(records, reverse=True)
     there: Callable[[str], Record | None] = {name: records[name] for name in newest[150:]}.get
     found = await find(index.reader(there), Wanted("tea", None, 5, None))

@@ -14,7 +14,6 @@ from recallq_worker.search.entries import (
     VERSION,
     DamagedIndex,
     Messages,
-    encode_entry,
     session_digest,
 )
 from recallq_worker.search.scoring import EntriesPart, SegmentPart, rank
@@ -29,10 +28,11 @@ from recallq_worker.search.segments import (
     sessions_in,
     vocabulary_in,
 )
-from recallq_worker.search.terms import analyze, query_terms
+from recallq_worker.search.terms import query_terms
 from recallq_worker.search.text import term_of
 from recallq_worker.search.upkeep import ENTRIES, compacted, is_due, to_merge
 from recallq_worker.search.vocabulary import still_in_use, tokens_in, with_part
+from tests.indexing import analyze, encode_entry
 
 
 class Said(NamedTuple):

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from recallq_worker.search.entries import Messages, encode_entry
-from recallq_worker.search.terms import FULL, analyze, query_terms, said_by
+from recallq_worker.search.entries import Messages
+from recallq_worker.search.terms import FULL, query_terms, said_by
 from recallq_worker.search.text import Kind, fold, term_of, tokens
+from tests.indexing import analyze, encode_entry
 from tests.strategies import json_objects, text
 
 

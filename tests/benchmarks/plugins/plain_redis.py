@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from recallq_worker.backends.base import Record
@@ -21,8 +22,8 @@ class PlainRedisStore(RedisStore):
         self._add = self._redis.register_script(scripts.ADD.replace(_ENTER, ""))
         self._index.notice = _nothing  # type: ignore[method-assign]  # nothing is to be tended
 
-    def _entry(self, base: str, record: Record) -> bytes:
-        return b""
+    def _entries(self, records: Sequence[Record]) -> Iterable[tuple[bytes, str]]:
+        return ((b"", "") for _ in records)
 
 
 def _nothing(base: str, **_: Any) -> None:

@@ -15,6 +15,7 @@ from recallq.contract import Health, Scope
 from recallq.errors import JobError
 from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.embedding import make_document_embedder
+from recallq_worker.search.entries import entries_of
 from recallq_worker.search.finder import Wanted, find
 from recallq_worker.search.in_memory import MemoryIndex
 from recallq_worker.search.memory_vectors import MemoryVectorRows
@@ -92,9 +93,14 @@ class InMemoryStore:
         self._users.clear()
 
     async def add(self, records: Sequence[Record]) -> list[Added]:
-        return [self._add(record) for record in records]
+        entries = entries_of(
+            [record.scope.session_id or "" for record in records],
+            [record.order for record in records],
+            [record.message for record in records],
+        )
+        return [self._add(record, *each) for record, each in zip(records, entries, strict=True)]
 
-    def _add(self, record: Record) -> Added:
+    def _add(self, record: Record, entry: bytes, text: str) -> Added:
         scope = record.scope
         session_id = scope.session_id or ""
         user = self._users.setdefault((scope.tenant, scope.user_id), _User())
@@ -110,7 +116,7 @@ class InMemoryStore:
         insort(user.everything, place)
         session = user.sessions.setdefault(session_id, [])
         insort(session, place)
-        user.index.add(record)
+        user.index.add(record, entry, text)
         if self._max_messages is not None and len(session) > self._max_messages:
             oldest = set(session[: -self._max_messages])
             user.remove(session_id, oldest)

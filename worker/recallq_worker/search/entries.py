@@ -12,21 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from recallq_worker.search.terms import Array, Weighed, weigh
 
 VERSION = 1
 """Of how indexes are kept, and of how texts become terms: one of another version is made anew."""
-
-Array: TypeAlias = npt.NDArray[Any]
 
 _HEAD = struct.Struct("<BBHqQ")
 _HEADS = np.dtype(
     [("version", "u1"), ("usual", "u1"), ("count", "<u2"), ("order", "<i8"), ("session", "<u8")]
 )
-_PAIR = struct.Struct("<IB").pack
 _OTHER = np.dtype([("term", "<u4"), ("weight", "u1")])
 
 
@@ -41,12 +39,38 @@ def session_digest(session_id: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def encode_entry(session_id: str, order: int, weights: Mapping[int, int], usual: int = 0) -> bytes:
-    """The entry of a message; `usual` is the weight that most of its terms have, if any."""
-    same = [term for term, weight in weights.items() if weight == usual]
-    others = [_PAIR(*each) for each in weights.items() if each[1] != usual]
-    head = _HEAD.pack(VERSION, usual, len(same), order, session_digest(session_id))
-    return b"".join([head, struct.pack(f"<{len(same)}I", *same), *others])
+def entries_of(
+    sessions: Sequence[str], orders: Sequence[int], messages: Sequence[Mapping[str, Any]]
+) -> list[tuple[bytes, str]]:
+    """The entries of messages, JSON objects, and their texts as `Weighed` has them; `sessions` and
+    `orders` are their session ids and order keys."""
+    weighed = weigh(messages)
+    return list(zip(encode_entries(sessions, orders, weighed), weighed.texts, strict=True))
+
+
+def encode_entries(sessions: Sequence[str], orders: Sequence[int], weighed: Weighed) -> list[bytes]:
+    """The entries of messages that have been weighed."""
+    count = len(weighed.texts)
+    same = weighed.weights == weighed.usual[weighed.numbers]
+    firsts, first_edges = _cut(weighed.terms[same], weighed.numbers[same], count)
+    others = np.empty(len(same) - len(firsts) // 4, dtype=_OTHER)
+    others["term"], others["weight"] = weighed.terms[~same], weighed.weights[~same]
+    seconds, second_edges = _cut(others, weighed.numbers[~same], count)
+    entries = []
+    for number, (session_id, order, usual) in enumerate(
+        zip(sessions, orders, weighed.usual.tolist(), strict=True)
+    ):
+        first, last = first_edges[number : number + 2]
+        head = _HEAD.pack(VERSION, usual, (last - first) // 4, order, session_digest(session_id))
+        second = seconds[second_edges[number] : second_edges[number + 1]]
+        entries.append(head + firsts[first:last] + second)
+    return entries
+
+
+def _cut(values: Array, numbers: Array, count: int) -> tuple[bytes, list[int]]:
+    """Values one after the other, and at which bytes those of each message begin and end."""
+    edges = np.cumsum(np.bincount(numbers, minlength=count)) * values.itemsize
+    return values.tobytes(), [0, *edges.tolist()]
 
 
 @dataclass(slots=True)

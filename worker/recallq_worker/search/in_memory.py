@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 import orjson
 
 from recallq_worker.backends.base import Record
-from recallq_worker.search.entries import encode_entry, session_digest
+from recallq_worker.search.entries import session_digest
 from recallq_worker.search.finder import Snapshot
 from recallq_worker.search.scoring import EntriesPart, Part, Place, SegmentPart
 from recallq_worker.search.segments import (
@@ -18,7 +18,6 @@ from recallq_worker.search.segments import (
     sessions_in,
     vocabulary_in,
 )
-from recallq_worker.search.terms import analyze
 from recallq_worker.search.upkeep import compacted, is_due, to_merge
 
 _MOST_MERGED = 16_384
@@ -45,15 +44,13 @@ class MemoryIndex:
     def _indexed(self) -> int:
         return sum(segment.size for segment in self._segments.values())
 
-    def add(self, record: Record) -> None:
-        analysis = analyze(record.message)
-        record_id, session_id = record.record_id.encode(), record.scope.session_id or ""
+    def add(self, record: Record, entry: bytes, text: str) -> None:
+        """`entry` and `text` are what `entries_of` made of the record."""
+        record_id = record.record_id.encode()
         if record_id in self._gone:
             self.clean()  # it was there before, and a segment still knows it
-        self._entries[record_id] = encode_entry(
-            session_id, record.order, analysis.weights, analysis.usual
-        )
-        self._texts[record_id] = analysis.text
+        self._entries[record_id] = entry
+        self._texts[record_id] = text
         self._tidy()
 
     def remove(self, session_id: str, ids: Collection[str]) -> None:

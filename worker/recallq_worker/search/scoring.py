@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recallq_worker.search.entries import Array, DamagedIndex, Messages, session_digest, starts_of
+from recallq_worker.search.entries import DamagedIndex, Messages, session_digest, starts_of
 from recallq_worker.search.segments import bucket_of, postings_in, sessions_in
-from recallq_worker.search.terms import FULL, QueryTerm
+from recallq_worker.search.terms import FULL, Array, QueryTerm
 from recallq_worker.search.text import Kind
 
 _PART_OF_A_WORD = 2

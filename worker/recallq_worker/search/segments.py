@@ -29,7 +29,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import orjson
 
-from recallq_worker.search.entries import Array, DamagedIndex, Messages, starts_of
+from recallq_worker.search.entries import DamagedIndex, Messages, starts_of
+from recallq_worker.search.terms import Array
 
 MOST_MESSAGES = 60_000
 """Of a segment: their numbers take 16 bits."""

@@ -12,15 +12,19 @@ Who speaks and when it was said are terms of a message, too, where it says so it
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from recallq.messages import message_text
-from recallq_worker.search.text import COUNTS, TERM, Kind, Token, codes, fold, term_of, tokens
+from recallq_worker.search.text import CODE_BYTES, TERM, Kind, Token, codes, fold, term_of, tokens
+
+Array: TypeAlias = npt.NDArray[Any]
 
 _SATURATION = 0.6
 """BM25's k1. Low: a word said twice says little more than once."""
@@ -51,50 +55,75 @@ _MOST_QUERIED = 100
 """Distinct terms of a query; whole conversations are used as queries."""
 
 
-class Analysis(NamedTuple):
-    """What there is to know of a message."""
+class Weighed(NamedTuple):
+    """What there is to know of messages."""
 
-    weights: dict[int, int]
-    """Its terms, with their weights from 1 to `FULL`."""
-    usual: int
-    """The weight of those that it says once."""
-    text: str
-    """Its text, folded, with every chunk in a line of its own."""
+    texts: list[str]
+    """Of each message: its text, folded, with every chunk in a line of its own."""
+    usual: Array
+    """u8, of each message: the weight of the terms that it says once."""
+    numbers: Array
+    """i64, of each term of a message, in order: the message, by its place above."""
+    terms: Array
+    """u32."""
+    weights: Array
+    """u8, from 1 to `FULL`."""
 
 
-def analyze(message: Mapping[str, Any]) -> Analysis:
-    """The terms of a message, a JSON object."""
-    said = fold(message_text(message)).split()
-    found = Counter(map(codes.__getitem__, said))
-    counts: dict[int, int] = {}
-    length = 0
-    for code, count in found.items():
-        if isinstance(code, int):
-            if code > TERM:
-                length += count
-                code -= COUNTS  # noqa: PLW2901  # what is left is the term
-            counts[code] = counts.get(code, 0) + count
-            continue
-        for each in code:
-            length += count if each > TERM else 0
-            counts[each & TERM] = counts.get(each & TERM, 0) + count
-        if len(counts) > _MOST_TERMS:
-            break
-    norm = _SATURATION * (1 - _LENGTH_MATTERS + _LENGTH_MATTERS * length / _USUAL_LENGTH)
-    usual = round(FULL / (1 + norm)) or 1
-    weights = {
-        term: usual if count == 1 else round(FULL * count / (count + norm)) or 1
-        for term, count in counts.items()
-    }
-    if not _NAMED_FIELDS.isdisjoint(message):
-        for term, weight in _terms_of_fields(*_fields_of(message)):
-            if weights.get(term, 0) < weight:
-                weights[term] = weight
-    return Analysis(weights, usual, "\n".join(said))
+def weigh(messages: Sequence[Mapping[str, Any]]) -> Weighed:
+    """The terms of messages, JSON objects: of many at once, for that takes little longer than of
+    one."""
+    said = [fold(message_text(message)).split() for message in messages]
+    found = [b"".join(map(codes.__getitem__, each)) for each in said]
+    sizes = np.fromiter(map(len, found), np.int64, len(found)) // CODE_BYTES
+    every = np.frombuffer(b"".join(found), dtype="<u8")
+    numbers = np.repeat(np.arange(len(said), dtype=np.uint64), sizes)
+    lengths = np.bincount(numbers[every > TERM].view(np.int64), minlength=len(said))
+    places = (numbers << np.uint64(32)) | (every & TERM)
+    keys, counts = np.unique(places, return_counts=True)
+    if sizes.size and sizes.max() > _MOST_TERMS:
+        kept = _the_first_of_each(places)
+        keys, counts = keys[kept], counts[kept]
+    numbers = (keys >> np.uint64(32)).view(np.int64)
+    norms = _SATURATION * (1 - _LENGTH_MATTERS + _LENGTH_MATTERS * lengths / _USUAL_LENGTH)
+    usual = np.maximum(np.rint(FULL / (1 + norms)), 1).astype("u1")
+    weights = np.maximum(np.rint(FULL * counts / (counts + norms[numbers])), 1).astype("u1")
+    terms = keys.astype("<u4")
+    fields = [
+        (number << 32 | term, weight)
+        for number, message in enumerate(messages)
+        if not _NAMED_FIELDS.isdisjoint(message)
+        for term, weight in _terms_of_fields(*_fields_of(message))
+    ]
+    if fields:
+        numbers, terms, weights = _with_fields(keys, weights, fields)
+    return Weighed(["\n".join(each) for each in said], usual, numbers, terms, weights)
+
+
+def _the_first_of_each(places: Array) -> Array:
+    """Which of the distinct places are among the first of their messages."""
+    keys, firsts = np.unique(places, return_index=True)
+    numbers = keys >> np.uint64(32)
+    order = np.lexsort((firsts, numbers))
+    rank = np.empty(len(keys), dtype=np.int64)
+    rank[order] = np.arange(len(keys)) - np.searchsorted(numbers, numbers)
+    kept: Array = rank < _MOST_TERMS
+    return kept
+
+
+def _with_fields(
+    keys: Array, weights: Array, fields: Sequence[tuple[int, int]]
+) -> tuple[Array, Array, Array]:
+    """The terms of fields among those of texts: what is in both has the higher weight."""
+    more = np.array(fields, dtype=np.uint64)
+    together, which = np.unique(np.concatenate([keys, more[:, 0]]), return_inverse=True)
+    highest = np.zeros(len(together), dtype="u1")
+    np.maximum.at(highest, which, np.concatenate([weights, more[:, 1].astype("u1")]))
+    return (together >> np.uint64(32)).view(np.int64), together.astype("<u4"), highest
 
 
 def lines_of(message: Mapping[str, Any]) -> str:
-    """The text of a message, folded, as `Analysis` has it."""
+    """The text of a message, folded, as `Weighed` has it."""
     return "\n".join(fold(message_text(message)).split())
 
 

@@ -13,12 +13,14 @@ remembered: people repeat their words.
 
 from __future__ import annotations
 
+import string
 import unicodedata
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 from zlib import crc32
 
+import numpy as np
 import regex
 
 from recallq_worker.search.english import STOP_WORDS, stem
@@ -40,7 +42,9 @@ _LONGEST_CHUNK = 2_000
 _MOST_OF_A_CHUNK = 200_000
 _LONGEST_WHOLE = 200
 _LONGEST_REMEMBERED = 32
-"""Characters; longer ones hardly come again."""
+"""Characters."""
+_DIGIT = regex.compile(r"\d")
+_PUNCTUATION = string.punctuation
 _MOST_REMEMBERED = 50_000
 
 
@@ -84,11 +88,16 @@ class _Chunks(dict[str, tuple[Token, ...]]):
             # The last of a part may make a pair with the first of the next.
             for token in _tokens_of(chunk[start : start + _LONGEST_CHUNK + 1])
         )
-        if len(chunk) <= _LONGEST_REMEMBERED:
+        if _comes_again(chunk):
             if len(self) >= _MOST_REMEMBERED:
                 self.clear()  # what people say often is soon known again
             self[chunk] = found
         return found
+
+
+def _comes_again(chunk: str) -> bool:
+    """Whether to remember it: numbers are mostly new, and so is what is long."""
+    return len(chunk) <= _LONGEST_REMEMBERED and _DIGIT.search(chunk) is None
 
 
 chunks = _Chunks()
@@ -96,20 +105,28 @@ chunks = _Chunks()
 
 COUNTS = 1 << 32
 """Added to a term's code where it counts for the length of a text."""
-TERM = COUNTS - 1
+TERM = np.uint64(COUNTS - 1)
 """What of a code is the term."""
+CODE_BYTES = 8
 
 
-class _Codes(dict[str, "int | tuple[int, ...]"]):
+class _Codes(dict[str, bytes]):
     """The same chunks, as far as is needed to count terms."""
 
-    def __missing__(self, chunk: str) -> int | tuple[int, ...]:
-        found = tuple(
-            token.term | (COUNTS if token.kind in (Kind.WORD, Kind.PAIR) else 0)
-            for token in chunks[chunk]
+    def __missing__(self, chunk: str) -> bytes:
+        simple = len(chunk) <= _LONGEST_CHUNK and chunk.isascii()
+        word = chunk.strip(_PUNCTUATION) if simple else ""
+        if word.isalnum():
+            kinds = [(term_of(word), Kind.STOP_WORD if word in STOP_WORDS else Kind.WORD)]
+        else:
+            kinds = [(token.term, token.kind) for token in chunks[chunk]]
+        code = b"".join(
+            (term + (COUNTS if kind in (Kind.WORD, Kind.PAIR) else 0)).to_bytes(
+                CODE_BYTES, "little"
+            )
+            for term, kind in kinds
         )
-        code = found[0] if len(found) == 1 else found
-        if len(chunk) <= _LONGEST_REMEMBERED:
+        if _comes_again(chunk):
             if len(self) >= _MOST_REMEMBERED:
                 self.clear()
             self[chunk] = code
@@ -117,8 +134,8 @@ class _Codes(dict[str, "int | tuple[int, ...]"]):
 
 
 codes = _Codes()
-"""The code of a chunk's term, or those of several; see `COUNTS`. It is looked up for every word
-that is stored."""
+"""Of a chunk the codes of its terms, one after the other, as numbers of 64 bits (little-endian);
+see `COUNTS`. They are looked up for every word that is stored."""
 
 
 def tokens(text: str) -> Iterator[Token]:
@@ -129,7 +146,7 @@ def tokens(text: str) -> Iterator[Token]:
 
 def term_of(word: str) -> int:
     """The term of a folded word."""
-    return crc32(stem(word).encode(errors="replace"))
+    return crc32((word if word.isdigit() else stem(word)).encode(errors="replace"))
 
 
 def _tokens_of(chunk: str) -> tuple[Token, ...]:

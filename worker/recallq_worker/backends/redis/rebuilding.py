@@ -22,9 +22,8 @@ from recallq_worker.backends.redis.index_storage import (
     new_name,
 )
 from recallq_worker.backends.redis.values import parts_of
-from recallq_worker.search.entries import encode_entry
+from recallq_worker.search.entries import entries_of
 from recallq_worker.search.segments import Segment
-from recallq_worker.search.terms import analyze
 from recallq_worker.search.upkeep import compacted
 
 TRIES = 5
@@ -154,12 +153,11 @@ def _entries_of(
     records: Sequence[tuple[bytes, bytes | None]],
 ) -> list[tuple[bytes, bytes, str]]:
     """Ids, entries and texts of records. It is work for the processor."""
-    found = []
-    for record_id, value in records:
-        parts = parts_of(record_id, value)
-        # One that is damaged is found by nothing, and is a record all the same.
-        order, session_id, message = parts[1:] if parts is not None else (0, "", {})
-        analysis = analyze(message)
-        entry = encode_entry(session_id, order, analysis.weights, analysis.usual)
-        found.append((record_id, entry, analysis.text))
-    return found
+    # One that is damaged is found by nothing, and is a record all the same.
+    parts = [parts_of(record_id, value) or (0, 0, "", {}) for record_id, value in records]
+    entries = entries_of(
+        [session for _, _, session, _ in parts],
+        [order for _, order, _, _ in parts],
+        [message for *_, message in parts],
+    )
+    return [(record_id, *each) for (record_id, _), each in zip(records, entries, strict=True)]
