@@ -15,9 +15,13 @@ from celery import Celery
 
 from recallq.contract import Operation
 
+LISTED = "recallq-listed"
+"""The header of a message that the ledger has a copy of, and sends again if it is lost: workers
+need not note in Redis that they hold it."""
+
 
 class CeleryEnvelope:
-    """Writes the JSON that kombu's Redis transport expects on a queue.
+    """Writes the JSON that kombu's Redis transport expects on a queue, of batches in the ledger.
 
     Celery builds the headers and embedded options once per task; only ids differ between messages.
     Arguments are hidden from the headers: their repr would put the users' text there.
@@ -31,7 +35,7 @@ class CeleryEnvelope:
                 "", operation.task_name, args=("",), argsrepr="-", kwargsrepr="-",
                 origin=f"recallq@{client_id}",
             )  # fmt: skip
-            self._templates[operation] = (message.headers, message.body[2])
+            self._templates[operation] = (message.headers | {LISTED: True}, message.body[2])
         self._client_id = client_id
 
     def wrap(self, task_id: str, operation: Operation, payload: str, queue: str) -> bytes:

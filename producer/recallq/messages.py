@@ -306,6 +306,7 @@ def returning(message_type: type[Any]) -> Callable[[dict[str, Any]], Any]:
 # Where a message or part keeps what a person or a tool said. Ids, URLs, media and bookkeeping are
 # not text.
 _MESSAGE_FIELDS = ("content", "refusal", "tool_calls", "function_call", "message")
+_MORE_FIELDS = frozenset(_MESSAGE_FIELDS) - {"content"}
 _PART_FIELDS = ("text", "refusal", "data", "name", "arguments", "input", "output", "content",
                 "transcript", "filename", "title", "function", "input_audio")  # fmt: skip
 _MEDIA_TYPES = frozenset({"audio", "input_audio", "image", "image_url", "video"})
@@ -313,6 +314,14 @@ _MEDIA_TYPES = frozenset({"audio", "input_audio", "image", "image_url", "video"}
 
 def message_text(message: Mapping[str, Any]) -> str:
     """All the text of a message given as a JSON object: content, data parts and tool calls."""
+    if _MORE_FIELDS.isdisjoint(message):  # most messages are nothing but a text
+        content = message.get("content")
+        if isinstance(content, str):
+            return content
+        if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+            [part] = content
+            if len(part) == 2 and part.get("type") == "text" and isinstance(part.get("text"), str):
+                return str(part["text"])
     pieces: list[str] = []
     for field in _MESSAGE_FIELDS:
         value = message.get(field)

@@ -81,7 +81,9 @@ def _holds(condition: Callable[[], bool]) -> bool:
 
 
 def in_hand(worker: Worker, raw: redis.Redis) -> int:
-    return int(raw.hlen(f"{worker.namespace}:unacked"))
+    """Messages that somebody holds: kombu knows of those that the ledger does not."""
+    unlisted = int(raw.hlen(f"{worker.namespace}:unacked"))
+    return unlisted + int(raw.zcard(Keys(worker.namespace).held))
 
 
 def state_of(worker: Worker, raw: redis.Redis, job_id: str) -> str | None:

@@ -13,6 +13,7 @@ remembered: people repeat their words.
 
 from __future__ import annotations
 
+import re
 import string
 import unicodedata
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _UNSPACED = (
 )
 _RUN = regex.compile(f"[{_UNSPACED}]+")
 _WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*")
+_ASCII_WORD = re.compile("[a-z0-9]+")
 _INSIDE = regex.compile(r"[\p{L}\p{N}](?:.*[\p{L}\p{M}\p{N}])?", regex.DOTALL)
 """A chunk without the punctuation around it."""
 _LATIN_ACCENTS = regex.compile(r"(?<=\p{Latin})\p{Mn}+")
@@ -44,7 +46,8 @@ _LONGEST_WHOLE = 200
 _LONGEST_REMEMBERED = 32
 """Characters."""
 _DIGIT = regex.compile(r"\d")
-_PUNCTUATION = string.punctuation
+_PUNCTUATION = string.punctuation + "".join(map(chr, (*range(32), 127)))
+"""All of ASCII that is no letter or digit."""
 _MOST_REMEMBERED = 50_000
 
 
@@ -114,23 +117,25 @@ class _Codes(dict[str, bytes]):
     """The same chunks, as far as is needed to count terms."""
 
     def __missing__(self, chunk: str) -> bytes:
-        simple = len(chunk) <= _LONGEST_CHUNK and chunk.isascii()
-        word = chunk.strip(_PUNCTUATION) if simple else ""
-        if word.isalnum():
-            kinds = [(term_of(word), Kind.STOP_WORD if word in STOP_WORDS else Kind.WORD)]
+        word = chunk.strip(_PUNCTUATION) if len(chunk) <= _LONGEST_CHUNK else ""
+        if word.isalnum() and word.isascii():
+            code = _code(term_of(word), counts=word not in STOP_WORDS)
         else:
-            kinds = [(token.term, token.kind) for token in chunks[chunk]]
-        code = b"".join(
-            (term + (COUNTS if kind in (Kind.WORD, Kind.PAIR) else 0)).to_bytes(
-                CODE_BYTES, "little"
+            code = b"".join(
+                [
+                    _code(token.term, counts=token.kind in (Kind.WORD, Kind.PAIR))
+                    for token in chunks[chunk]
+                ]
             )
-            for term, kind in kinds
-        )
         if _comes_again(chunk):
             if len(self) >= _MOST_REMEMBERED:
                 self.clear()
             self[chunk] = code
         return code
+
+
+def _code(term: int, *, counts: bool) -> bytes:
+    return (term + COUNTS if counts else term).to_bytes(CODE_BYTES, "little")
 
 
 codes = _Codes()
@@ -151,22 +156,24 @@ def term_of(word: str) -> int:
 
 def _tokens_of(chunk: str) -> tuple[Token, ...]:
     if chunk.isascii():
-        return tuple(_pieces(chunk))
+        whole = chunk.strip(_PUNCTUATION)
+        return tuple(_pieces(whole, _ASCII_WORD.findall(whole)))
     found: list[Token] = []
     end = 0
     for run in _RUN.finditer(chunk):
-        found += _pieces(chunk[end : run.start()])
+        found += _inside(chunk[end : run.start()])
         found += _pairs(run[0])
         end = run.end()
-    return (*found, *_pieces(chunk[end:]))
+    return (*found, *_inside(chunk[end:]))
 
 
-def _pieces(chunk: str) -> Iterator[Token]:
-    inside = _INSIDE.search(chunk)
-    if inside is None:
-        return
-    whole: str = inside[0]
-    words: list[str] = _WORD.findall(whole)
+def _inside(chunk: str) -> Iterator[Token]:
+    found = _INSIDE.search(chunk)
+    return iter(()) if found is None else _pieces(found[0], _WORD.findall(found[0]))
+
+
+def _pieces(whole: str, words: list[str]) -> Iterator[Token]:
+    """The words of a chunk without the punctuation around it, and that as a whole."""
     for word in words:
         kind = Kind.STOP_WORD if word in STOP_WORDS else Kind.WORD
         yield Token(word, term_of(word), kind)
