@@ -15,7 +15,6 @@ from recallq.contract import Scope
 from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.in_memory import InMemoryStore
 from recallq_worker.search import upkeep
-from recallq_worker.search.entries import entries_of
 from recallq_worker.search.finder import Wanted, find
 from recallq_worker.search.in_memory import MemoryIndex
 from recallq_worker.search.segments import decode
@@ -505,8 +504,7 @@ async def test_what_has_vanished_makes_room_for_the_next(flushed: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upkeep, "ENTRIES", 50 if flushed else NEVER)
         for each in records.values():
-            [entry] = entries_of(["s"], [each.order], [each.message])
-            index.add(each, *entry)
+            index.add(each)
     newest = sorted(records, reverse=True)
     there: Callable[[str], Record | None] = {name: records[name] for name in newest[150:]}.get
     found = await find(index.reader(there), Wanted("tea", None, 5, None))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-from recallq_worker.backends.base import Record
 from recallq_worker.backends.redis import RedisStore, scripts
 
-_ENTER = "redis.call('HSET', entries, id, ARGV[at + 6])"
+_ENTER = "redis.call('HSET', entries, id, '')"
 assert _ENTER in scripts.ADD
 
 
@@ -21,9 +19,6 @@ class PlainRedisStore(RedisStore):
         await super().start()
         self._add = self._redis.register_script(scripts.ADD.replace(_ENTER, ""))
         self._index.notice = _nothing  # type: ignore[method-assign]  # nothing is to be tended
-
-    def _entries(self, records: Sequence[Record]) -> Iterable[tuple[bytes, str]]:
-        return ((b"", "") for _ in records)
 
 
 def _nothing(base: str, **_: Any) -> None:

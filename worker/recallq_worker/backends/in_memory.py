@@ -15,7 +15,6 @@ from recallq.contract import Health, Scope
 from recallq.errors import JobError
 from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.embedding import make_document_embedder
-from recallq_worker.search.entries import entries_of
 from recallq_worker.search.finder import Wanted, find
 from recallq_worker.search.in_memory import MemoryIndex
 from recallq_worker.search.memory_vectors import MemoryVectorRows
@@ -93,14 +92,9 @@ class InMemoryStore:
         self._users.clear()
 
     async def add(self, records: Sequence[Record]) -> list[Added]:
-        entries = entries_of(
-            [record.scope.session_id or "" for record in records],
-            [record.order for record in records],
-            [record.message for record in records],
-        )
-        return [self._add(record, *each) for record, each in zip(records, entries, strict=True)]
+        return [self._add(record) for record in records]
 
-    def _add(self, record: Record, entry: bytes, text: str) -> Added:
+    def _add(self, record: Record) -> Added:
         scope = record.scope
         session_id = scope.session_id or ""
         user = self._users.setdefault((scope.tenant, scope.user_id), _User())
@@ -116,7 +110,7 @@ class InMemoryStore:
         insort(user.everything, place)
         session = user.sessions.setdefault(session_id, [])
         insort(session, place)
-        user.index.add(record, entry, text)
+        user.index.add(record)
         if self._max_messages is not None and len(session) > self._max_messages:
             oldest = set(session[: -self._max_messages])
             user.remove(session_id, oldest)

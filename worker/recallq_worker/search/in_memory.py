@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 import orjson
 
 from recallq_worker.backends.base import Record
-from recallq_worker.search.entries import session_digest
+from recallq_worker.search.entries import entries_of, session_digest
 from recallq_worker.search.finder import Snapshot
 from recallq_worker.search.scoring import EntriesPart, Part, Place, SegmentPart
 from recallq_worker.search.segments import (
@@ -28,7 +28,11 @@ class MemoryIndex:
     """What a user's messages are found by. No method waits for anything."""
 
     def __init__(self) -> None:
+        self._unweighed: dict[bytes, Record] = {}
+        """Messages that have no entry yet: whoever searches makes them all at once."""
         self._entries: dict[bytes, bytes] = {}
+        self._part: EntriesPart | None = None
+        """The entries as searches see them, until there are others."""
         self._texts: dict[bytes, str] = {}
         """Of the messages that are entries."""
         self._segments: dict[int, Segment] = {}
@@ -38,26 +42,27 @@ class MemoryIndex:
 
     def __len__(self) -> int:
         """How many messages it knows."""
-        return len(self._entries) + self._indexed - len(self._gone)
+        entered = len(self._unweighed) + len(self._entries)
+        return entered + self._indexed - len(self._gone)
 
     @property
     def _indexed(self) -> int:
         return sum(segment.size for segment in self._segments.values())
 
-    def add(self, record: Record, entry: bytes, text: str) -> None:
-        """`entry` and `text` are what `entries_of` made of the record."""
+    def add(self, record: Record) -> None:
         record_id = record.record_id.encode()
         if record_id in self._gone:
             self.clean()  # it was there before, and a segment still knows it
-        self._entries[record_id] = entry
-        self._texts[record_id] = text
+        self._unweighed[record_id] = record
+        self._part = None
         self._tidy()
 
     def remove(self, session_id: str, ids: Collection[str]) -> None:
         """Forgets messages of a session. Until `clean`, segments may still know them."""
+        self._part = None
         for record_id in ids:
             key = record_id.encode()
-            if self._entries.pop(key, None) is None:
+            if self._unweighed.pop(key, None) is None and self._entries.pop(key, None) is None:
                 self._gone[key] = session_id
             self._texts.pop(key, None)
         self._tidy()
@@ -77,13 +82,32 @@ class MemoryIndex:
 
     def reader(self, record: Callable[[str], Record | None]) -> MemoryReader:
         """For one search; `record` finds a record by its id."""
+        self._weigh()
+        if self._part is None:
+            self._part = EntriesPart(self._entries)
         segments = sorted(self._segments.values(), key=lambda each: each.last)
-        texts = list(self._texts.values())
-        return MemoryReader(segments, EntriesPart(self._entries), texts, len(self), record)
+        return MemoryReader(segments, self._part, list(self._texts.values()), len(self), record)
+
+    def _weigh(self) -> None:
+        """Makes entries of what has been added."""
+        if self._unweighed:
+            records = self._unweighed.values()
+            entries = entries_of(
+                [record.scope.session_id or "" for record in records],
+                [record.order for record in records],
+                [record.message for record in records],
+            )
+            for record_id, (entry, text) in zip(self._unweighed, entries, strict=True):
+                self._entries[record_id] = entry
+                self._texts[record_id] = text
+            self._unweighed.clear()
 
     def _tidy(self) -> None:
-        if not is_due(len(self._entries), len(self._gone), self._indexed):
+        entered = len(self._unweighed) + len(self._entries)
+        if not is_due(entered, len(self._gone), self._indexed):
             return
+        self._weigh()
+        self._part = None
         if self._gone:
             self.clean()
         if not self._entries:

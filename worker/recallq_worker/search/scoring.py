@@ -95,13 +95,20 @@ class EntriesPart(Part):
         recency = np.empty_like(places)
         recency[np.argsort(messages.orders[order], kind="stable")] = np.arange(len(places))
         self.recency = recency
-        self._numbers = places[messages.numbers]
-        self._terms = messages.terms
-        self._weights = messages.weights
+        by_term = np.argsort(messages.terms, kind="stable")
+        self._terms = messages.terms[by_term]
+        self._numbers = places[messages.numbers[by_term]]
+        self._weights = messages.weights[by_term]
+
+    @property
+    def terms(self) -> int:
+        """How many the messages have together."""
+        return len(self._terms)
 
     def postings(self, term: int) -> tuple[Array, Array] | None:
-        found = np.flatnonzero(self._terms == np.uint32(term))
-        return (self._numbers[found], self._weights[found]) if len(found) else None
+        first = int(self._terms.searchsorted(np.uint32(term)))
+        last = int(self._terms.searchsorted(np.uint32(term), side="right"))
+        return (self._numbers[first:last], self._weights[first:last]) if last > first else None
 
 
 class Place(NamedTuple):

@@ -1,9 +1,10 @@
 """The index of the redis backend: what keeps it, beside the adds and deletes that feed it.
 
-An add leaves an entry beside each record, in the same step; a delete takes entries away, and notes
-what segments still know. Everything else is done here, by whichever worker comes across it: entries
-become segments, segments are merged, and what is gone is taken out of them - before a delete
-returns. How one is changed safely, `index_storage` says; how one is made anew, `rebuilding`.
+An add leaves word of each record, in the same step; a delete takes that away, and notes what
+segments still know. Everything else is done here, by whichever worker comes across it: records get
+entries, entries become segments, segments are merged, and what is gone is taken out of them, before
+a delete returns. How one is changed safely, `index_storage` says; how one is made anew,
+`rebuilding`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from recallq_worker.backends.redis.index_storage import (
 from recallq_worker.backends.redis.rebuilding import TRIES, Rebuilder
 from recallq_worker.backends.redis.remembered import Remembered
 from recallq_worker.backends.redis.values import parts_of
+from recallq_worker.backends.redis.weighing import weighed
 from recallq_worker.search.entries import DamagedIndex, session_digest
 from recallq_worker.search.segments import sessions_in
 from recallq_worker.search.terms import lines_of
@@ -66,10 +68,11 @@ class RedisIndex:
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._tending: dict[str, asyncio.Task[None]] = {}
         self._rebuilding: dict[str, asyncio.Task[int]] = {}
+        self._filling: set[asyncio.Task[None]] = set()
 
     async def stop(self) -> None:
         """Leaves everything that is under way as it is: others go on with it."""
-        tasks = [*self._tending.values(), *self._rebuilding.values()]
+        tasks = [*self._tending.values(), *self._rebuilding.values(), *self._filling]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -82,10 +85,26 @@ class RedisIndex:
         self._tending[base] = task
         task.add_done_callback(lambda _: self._tending.pop(base, None))
 
+    def fill(self, base: str, generation: bytes, entries: Mapping[bytes, bytes]) -> None:
+        """Keeps what a search has made of records, for the next one. Does not wait."""
+        task = asyncio.get_running_loop().create_task(
+            self._fill(IndexKeys(base), generation, entries)
+        )
+        self._filling.add(task)
+        task.add_done_callback(self._filling.discard)
+
+    async def _fill(
+        self, keys: IndexKeys, generation: bytes, entries: Mapping[bytes, bytes]
+    ) -> None:
+        try:
+            await self._storage.fill(keys, generation, entries)
+        except JobError as error:
+            log.debug("cannot keep what a search has found out: %s", error)
+
     async def settled(self) -> None:
-        """Returns once nothing is tended: for tests and benchmarks."""
-        while self._tending:
-            await asyncio.gather(*self._tending.values(), return_exceptions=True)
+        """Returns once nothing is done here: for tests and benchmarks."""
+        while under_way := [*self._tending.values(), *self._filling]:
+            await asyncio.gather(*under_way, return_exceptions=True)
 
     async def clean(self, base: str) -> None:
         """Sees to it that nothing is left of what was removed up to now.
@@ -178,6 +197,11 @@ class RedisIndex:
             return False
         entries = dict(islice(state.entries.items(), _MOST_MERGED))
         merged = to_merge(len(entries), state.segments, _MOST_MERGED)
+        missing = [record_id for record_id, entry in entries.items() if not entry]
+        values = await self._storage.values(keys, missing)
+        for record_id, entry, text in await asyncio.to_thread(weighed, values):
+            entries[record_id] = entry
+            self._remembered.keep_text(keys.base, record_id, entry, text)
         texts = await self.texts_of(keys, entries)
         fields = [await self._storage.fields(keys, state, name) for name in merged]
         # What is gone stays in for now: it is taken out when there is more of it.
@@ -234,10 +258,7 @@ class RedisIndex:
         }
         missing = [record_id for record_id, known in found.items() if known is None]
         if missing:
-            values = await self._storage.asking(
-                awaitable(self._storage.redis.hmget(keys.records, missing))
-            )
-            for record_id, value in zip(missing, values, strict=True):
+            for record_id, value in await self._storage.values(keys, missing):
                 parts = None if value is None else parts_of(record_id, value)
                 if parts is not None:
                     text = found[record_id] = lines_of(parts[3])

@@ -6,12 +6,17 @@ from __future__ import annotations
 
 from recallq_worker.backends.redis.scripts import DROP_INDEX
 
-# KEYS: index, entries, order. ARGV: prefix of segments, version, then terms (unsigned 32 bits).
+# KEYS: index, entries, gone, order, records.
+# ARGV: prefix of segments, version, mark of the entries that are known already, then terms
+#       (unsigned 32 bits).
 # Returns nothing if there is neither message nor index; 0 if the index is of another version, or
-# does not have just the messages that there are; else their number, the entries, and of each
-# segment: name, description, sessions, and the buckets of the terms, by their names.
+# does not have just the messages that there are; else their number, the generation, the mark of the
+# entries, these unless they are known - the value of the record where there is none yet -, and of
+# each segment: name, description, sessions, and the buckets of the terms, by their names.
+# Between two deletes or changes of segments, entries come, and go only into what is gone: if both
+# are as many as they were, they are the same.
 LOOK_UP = """
-local messages = redis.call('ZCARD', KEYS[3])
+local messages = redis.call('ZCARD', KEYS[4])
 local index = redis.call('HGETALL', KEYS[1])
 if messages == 0 then return #index > 0 and 0 end
 local found, segments = {}, {}
@@ -23,15 +28,25 @@ for i = 1, #index, 2 do
     found[index[i]] = index[i + 1]
   end
 end
-local entries = redis.call('HGETALL', KEYS[2])
-local known = tonumber(found.c or '0') - tonumber(found.d or '0') + #entries / 2
-local newest = redis.call('ZRANGE', KEYS[3], -1, -1)[1]
+local entered = redis.call('HLEN', KEYS[2])
+local known = tonumber(found.c or '0') - tonumber(found.d or '0') + entered
+local newest = redis.call('ZRANGE', KEYS[4], -1, -1)[1]
 if found.v ~= ARGV[2] or found.n ~= newest or known ~= messages then return 0 end
+local mark = table.concat({found.g or '', entered, redis.call('HLEN', KEYS[3]), newest}, ' ')
+local entries = false
+if mark ~= ARGV[3] then
+  entries = redis.call('HGETALL', KEYS[2])
+  for i = 1, #entries, 2 do
+    if entries[i + 1] == '' then
+      entries[i + 1] = redis.call('HGET', KEYS[5], entries[i]) or ''
+    end
+  end
+end
 for _, segment in ipairs(segments) do
   local key = ARGV[1] .. segment[1]
   local divisor = 2 ^ (32 - tonumber(string.match(segment[2], '^%d+ (%d+)')))
   local names, seen = {'s'}, {}
-  for at = 3, #ARGV do
+  for at = 4, #ARGV do
     local bucket = string.format('b%d', math.floor(tonumber(ARGV[at]) / divisor))
     if not seen[bucket] then
       seen[bucket] = true
@@ -49,7 +64,18 @@ for _, segment in ipairs(segments) do
   end
   segment[4] = buckets
 end
-return {messages, entries, segments}
+return {messages, found.g or '', mark, entries, segments}
+"""
+
+# KEYS: index, entries. ARGV: generation, then ids and entries of records.
+# Keeps what was made of records, for others; nothing if any were deleted since they were read.
+FILL = """
+if redis.call('HGET', KEYS[1], 'g') ~= ARGV[1] then return end
+for at = 2, #ARGV, 2 do
+  if redis.call('HGET', KEYS[2], ARGV[at]) == '' then
+    redis.call('HSET', KEYS[2], ARGV[at], ARGV[at + 1])
+  end
+end
 """
 
 # KEYS: records. ARGV: prefix of segments, whether values are wanted (1/0), number of record ids,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
@@ -61,6 +61,11 @@ class IndexKeys:
         return f"{self.base}:n:"
 
     @property
+    def looked_up(self) -> list[str]:
+        """What a search looks at."""
+        return [*self.own, self.order, self.records]
+
+    @property
     def lock(self) -> str:
         return f"{self.base}:l"
 
@@ -75,6 +80,7 @@ class State:
     segments: dict[str, int]
     """Names, and numbers of messages."""
     entries: dict[bytes, bytes]
+    """Of records that are in no segment; empty where nobody has made it yet."""
     gone: dict[bytes, bytes]
 
 
@@ -110,6 +116,7 @@ class IndexStorage:
         self.asking = asking
         self._look_up = redis.register_script(scripts.LOOK_UP)
         self._state = redis.register_script(scripts.STATE)
+        self._fill = redis.register_script(scripts.FILL)
         self._write_fields = redis.register_script(scripts.WRITE)
         self._commit = redis.register_script(scripts.COMMIT)
         self._abandon = redis.register_script(scripts.ABANDON)
@@ -122,7 +129,7 @@ class IndexStorage:
     async def is_sound(self, keys: IndexKeys) -> bool:
         """Whether an index is of this version, and has just the messages that there are."""
         said = await self.asking(
-            self._look_up(keys=[*keys.own[:2], keys.order], args=[keys.segments, VERSION])
+            self._look_up(keys=keys.looked_up, args=[keys.segments, VERSION, ""])
         )
         return bool(said != 0)
 
@@ -141,6 +148,15 @@ class IndexStorage:
             dict(pairs(entries)),
             dict(pairs(gone)),
         )
+
+    async def values(
+        self, keys: IndexKeys, ids: Sequence[bytes]
+    ) -> list[tuple[bytes, bytes | None]]:
+        """Ids and values of records."""
+        if not ids:
+            return []
+        reply = self.redis.hmget(keys.records, cast("list[str]", list(ids)))
+        return list(zip(ids, await self.asking(awaitable(reply)), strict=True))
 
     async def fields(self, keys: IndexKeys, state: State, name: str) -> Fields:
         fields = await self.asking(awaitable(self.redis.hgetall(keys.segments + name)))
@@ -186,6 +202,13 @@ class IndexStorage:
         finally:
             # Also when it is not known whether it was had, and when nobody waits for it.
             await asyncio.shield(self.asking(self._unlock(keys=[keys.lock], args=[token])))
+
+    async def fill(
+        self, keys: IndexKeys, generation: bytes, entries: Mapping[bytes, bytes]
+    ) -> None:
+        """Keeps the entries that were made of records, unless any have been deleted since."""
+        flat = [each for pair in entries.items() for each in pair]
+        await self.asking(self._fill(keys=keys.own[:2], args=[generation, *flat]))
 
     async def renew(self, keys: IndexKeys, *, force: bool) -> None:
         """Drops an index of another version, or with `force` of any, to be made anew."""

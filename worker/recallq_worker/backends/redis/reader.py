@@ -13,8 +13,9 @@ from recallq.redis_client import RedisClient
 from recallq_worker.backends.base import Record
 from recallq_worker.backends.redis.index import RedisIndex
 from recallq_worker.backends.redis.index_storage import Asking, IndexKeys, pairs
-from recallq_worker.backends.redis.remembered import Remembered
+from recallq_worker.backends.redis.remembered import Entered, Remembered
 from recallq_worker.backends.redis.values import to_record
+from recallq_worker.backends.redis.weighing import weighed
 from recallq_worker.search.entries import VERSION, DamagedIndex
 from recallq_worker.search.finder import Moved, Snapshot
 from recallq_worker.search.scoring import EntriesPart, Part, Place, SegmentPart
@@ -60,10 +61,11 @@ class RedisReader:
     async def look_up(self, terms: Sequence[int]) -> Snapshot:
         """Raises `StaleIndex`, `DamagedIndex`."""
         keys = self._keys
+        known = self._remembered.entered_of(keys.base)
+        mark = b"" if known is None else known.mark
         said = await self._asking(
             self._look_up(
-                keys=[keys.own[0], keys.own[1], keys.order],
-                args=[keys.segments, VERSION, *dict.fromkeys(terms)],
+                keys=keys.looked_up, args=[keys.segments, VERSION, mark, *dict.fromkeys(terms)]
             )
         )
         self._segments, self._entries, self._new = [], None, {}
@@ -72,9 +74,11 @@ class RedisReader:
             return Snapshot([], 0)
         if said == 0:
             raise StaleIndex
-        total, entries, segments = said
-        self._new = dict(pairs(entries))
-        self._entries = EntriesPart(self._new)
+        total, generation, mark, entries, segments = said
+        if entries is not None:
+            known = self._entered(mark, generation, dict(pairs(entries)))
+        assert known is not None  # its mark was given
+        self._new, self._entries = known.entries, known.part
         parts: list[tuple[int, str, Part]] = []
         for name, about, sessions, buckets in segments:
             if sessions is None:
@@ -88,6 +92,20 @@ class RedisReader:
         self._segments = [name for _, name, _ in parts]
         self._parts = [part for _, _, part in parts]
         return Snapshot([*self._parts, self._entries], total)
+
+    def _entered(self, mark: bytes, generation: bytes, entries: dict[bytes, bytes]) -> Entered:
+        """What is in no segment; makes the entries that nobody has made yet."""
+        base = self._keys.base
+        values = [each for each in entries.items() if each[1][:1] in (b"[", b"")]
+        if values:
+            made = weighed(values)
+            for record_id, entry, text in made:
+                entries[record_id] = entry
+                self._remembered.keep_text(base, record_id, entry, text)
+            self._index.fill(base, generation, {each[0]: each[1] for each in made})
+        entered = Entered(mark, entries, EntriesPart(entries))
+        self._remembered.keep_entered(base, entered)
+        return entered
 
     async def recency(self) -> None:
         for name, part in zip(self._segments, self._parts, strict=True):

@@ -8,7 +8,7 @@ does it, and the others wait; a delete that comes in between has it begin anew.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from recallq.errors import BackendUnavailable
 from recallq_worker.backends.redis.index_storage import (
@@ -21,8 +21,7 @@ from recallq_worker.backends.redis.index_storage import (
     awaitable,
     new_name,
 )
-from recallq_worker.backends.redis.values import parts_of
-from recallq_worker.search.entries import entries_of
+from recallq_worker.backends.redis.weighing import weighed
 from recallq_worker.search.segments import Segment
 from recallq_worker.search.upkeep import compacted
 
@@ -89,7 +88,7 @@ class Rebuilder:
         done = False
         try:
             async for page in self._records(keys, seen):
-                for record_id, entry, text in await asyncio.to_thread(_entries_of, page):
+                for record_id, entry, text in await asyncio.to_thread(weighed, page):
                     entries[record_id] = entry
                     texts.append(text)
                     if len(entries) >= self._most:
@@ -147,17 +146,3 @@ class Rebuilder:
             if len(page) < most:
                 return
             lowest = repr(page[-1][1])
-
-
-def _entries_of(
-    records: Sequence[tuple[bytes, bytes | None]],
-) -> list[tuple[bytes, bytes, str]]:
-    """Ids, entries and texts of records. It is work for the processor."""
-    # One that is damaged is found by nothing, and is a record all the same.
-    parts = [parts_of(record_id, value) or (0, 0, "", {}) for record_id, value in records]
-    entries = entries_of(
-        [session for _, _, session, _ in parts],
-        [order for _, order, _, _ in parts],
-        [message for *_, message in parts],
-    )
-    return [(record_id, *each) for (record_id, _), each in zip(records, entries, strict=True)]

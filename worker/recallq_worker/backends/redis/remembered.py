@@ -1,13 +1,15 @@
-"""Texts of records and vocabularies of segments, as far as a process remembers them.
+"""What a process remembers of indexes: texts of records, vocabularies of segments, entries.
 
-Neither ever changes under what it is remembered by, so it is right. Only who looks for a part of a
-word needs them, and who makes segments; remembering spares reading the records for that.
+None ever changes under what it is remembered by, so it is right. Texts and vocabularies are for
+those who look for a part of a word, and for making segments; a user's entries, for every search.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
+
+from recallq_worker.search.scoring import EntriesPart
 
 K = TypeVar("K")
 
@@ -15,6 +17,23 @@ _RECORDS_BYTES = 8 << 20
 _SEGMENTS_BYTES = 24 << 20
 _EACH = 200
 """Bytes, roughly, of an entry besides its text."""
+_PARTS_BYTES = 64 << 20
+_TERM = 15
+"""Bytes of a term of an entry, about."""
+
+
+class Entered(NamedTuple):
+    """A user's messages that are in no segment, at a moment."""
+
+    mark: bytes
+    """What the moment is known by."""
+    entries: dict[bytes, bytes]
+    part: EntriesPart
+
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        return (1 + len(self.entries)) * _EACH + self.part.terms * _TERM
 
 
 class Remembered:
@@ -23,6 +42,25 @@ class Remembered:
     def __init__(self) -> None:
         self._texts: _Lately[tuple[str, bytes, int]] = _Lately(_RECORDS_BYTES)
         self._vocabularies: _Lately[str] = _Lately(_SEGMENTS_BYTES)
+        self._entered: OrderedDict[str, Entered] = OrderedDict()
+        self._entered_size = 0
+
+    def entered_of(self, base: str) -> Entered | None:
+        """What was in a user's entries when they were last looked at."""
+        entered = self._entered.get(base)
+        if entered is not None:
+            self._entered.move_to_end(base)
+        return entered
+
+    def keep_entered(self, base: str, entered: Entered) -> None:
+        before = self._entered.pop(base, None)
+        if before is not None:
+            self._entered_size -= before.size
+        self._entered[base] = entered
+        self._entered_size += entered.size
+        while self._entered_size > _PARTS_BYTES and len(self._entered) > 1:
+            _, oldest = self._entered.popitem(last=False)
+            self._entered_size -= oldest.size
 
     def text_of(self, base: str, record_id: bytes, entry: bytes) -> str | None:
         """The text of the record that has this entry: an id may be stored again with another."""

@@ -16,7 +16,7 @@ And what searches go by (see `index`):
             delete and every change of the segments raises, ``n`` the newest record, ``c`` messages
             in segments, ``d`` those of them that are gone, ``s<name>`` -> a segment's description,
             ``p<name>``: one that is being written
-  entries   hash: record id -> entry, of those that are in no segment
+  entries   hash: record id -> entry, of those that are in no segment; empty until somebody searches
   gone      hash: record id -> session id, of those that were removed since segments were cleaned
   segment   hash: see `recallq_worker.search.segments`; the prefix and the segment's name
 """
@@ -72,7 +72,7 @@ end
 # ARGV: TTL (ms, 0 for none), most messages of a session (0 for no limit), lowest live order key,
 #       version of the index, then of each user: prefix of session keys, prefix of segments, number
 #       of sessions, number of records, (session id, key suffix) of each session, then for each
-#       record: number of its session, record id, order key, epoch, value, entry.
+#       record: number of its session, record id, order key, epoch, value.
 # Returns of each user a letter for each record, as one string: new, known or fenced; then entries,
 # gone and all messages of segments, and whether the index is of this version.
 # What it asks of Redis is what an add costs, so it asks for nothing twice.
@@ -106,6 +106,7 @@ local function add_all_of_a_user()
   if not newest_id then
     drop_index()
     redis.call('HSET', index, 'v', version)
+    next_generation()  -- what was known of an earlier life does not hold for this one
     of_use, indexed, newest_place = true, false, '-inf'
   else
     removed = redis.call('HLEN', gone)
@@ -126,7 +127,7 @@ local function add_all_of_a_user()
         redis.call('HDEL', index, 'v', 'w', 'g')
         of_use = false
       end
-      redis.call('HSET', entries, id, ARGV[at + 6])
+      redis.call('HSET', entries, id, '')
       redis.call('HSET', records, id, ARGV[at + 5])
       touched[i] = true
       if place == newest_place then
@@ -144,7 +145,7 @@ local function add_all_of_a_user()
       end
     end
     stored[n] = flag
-    at = at + 6
+    at = at + 5
   end
 
   for i in pairs(touched) do

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -39,7 +39,7 @@ from recallq_worker.backends.redis.remembered import Remembered
 from recallq_worker.backends.redis.values import to_record, to_value
 from recallq_worker.backends.redis.vector_rows import RedisVectorRows
 from recallq_worker.embedding import make_document_embedder
-from recallq_worker.search.entries import VERSION, DamagedIndex, entries_of
+from recallq_worker.search.entries import VERSION, DamagedIndex
 from recallq_worker.search.finder import Moved, Wanted, find
 from recallq_worker.search.semantic import SemanticSearch
 from recallq_worker.settings import WorkerSettings
@@ -180,7 +180,6 @@ class RedisStore:
 
     def _add_users(self, users: Sequence[_UserAdd]) -> Awaitable[list[list[Any]]]:
         """All of them in one step."""
-        entries = iter(self._entries([record for user in users for record in user.records]))
         keys: list[str] = []
         args: list[Any] = [
             (self._ttl or 0) * 1000,
@@ -199,25 +198,14 @@ class RedisStore:
             for session, suffix in zip(sessions, suffixes, strict=True):
                 args += (session, suffix)
             for record in user.records:
-                entry, text = next(entries)
-                self._remembered.keep_text(base, record.record_id.encode(), entry, text)
                 args += (
                     sessions[record.scope.session_id or ""],
                     record.record_id,
                     record.order,
                     record.epoch,
                     to_value(record),
-                    entry,
                 )
         return self._add(keys=keys, args=args)
-
-    def _entries(self, records: Sequence[Record]) -> Iterable[tuple[bytes, str]]:
-        """What records are found by until they are in a segment, and their texts."""
-        return entries_of(
-            [record.scope.session_id or "" for record in records],
-            [record.order for record in records],
-            [record.message for record in records],
-        )
 
     # --- the second step ------------------------------------------------------------------------
 
