@@ -24,11 +24,10 @@ from redis.asyncio import Redis
 
 from recallq import MemoryClient
 from tests.benchmarks.speed import plain
-from tests.benchmarks.speed.works import MESSAGES, SEARCHED_USERS, USERS, Kind, Work, text
+from tests.benchmarks.speed.works import MESSAGES, SEARCHED_USERS, USERS, Kind, Work, query, text
 from tests.support import clean_environment
 
 _NAPPING_THREADS = 100
-_QUERY = "peanuts order A-{n}"
 _LOOK_EVERY = 0.02
 
 
@@ -95,8 +94,8 @@ class Ours:
 
     async def search(self) -> None:
         n, _ = self._next()
-        query = _QUERY.format(n=n % MESSAGES)
-        hits = await self._client.search_memory(f"searched-{n % SEARCHED_USERS}", query)
+        user = f"searched-{n % SEARCHED_USERS}"
+        hits = await self._client.search_memory(user, query(n % MESSAGES))
         assert hits
 
     async def nap(self) -> None:
@@ -146,9 +145,9 @@ class Plain:
 
     async def search(self) -> None:
         self._count += 1
-        user, query = self._count % SEARCHED_USERS, _QUERY.format(n=self._count % MESSAGES)
+        user, wanted = self._count % SEARCHED_USERS, query(self._count % MESSAGES)
         hits = await asyncio.to_thread(
-            lambda: plain.search.delay(f"searched-{user}", query, 10).get()
+            lambda: plain.search.delay(f"searched-{user}", wanted, 10).get()
         )
         assert hits
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from statistics import median
 
 from recallq import MemoryClient
-from tests.benchmarks.speed.works import text
+from tests.benchmarks.speed.works import query, text
 
 SIZES = (100, 1_000, 10_000, 100_000)
 """Messages that the user has."""
@@ -34,7 +34,7 @@ async def growth(
             await client.list_memory(_USER, {"page_num": stored // 20, "page_size": 10})
 
         async def search() -> None:
-            assert await client.search_memory(_USER, f"peanuts A-{stored // 2}")
+            assert await client.search_memory(_USER, query(stored // 2))
 
         for size in SIZES:
             advance(f"a user with {size:,} messages")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 NAP = 0.05
 """Seconds that a job waits that waits for a service."""
@@ -13,18 +16,48 @@ USERS = 500
 SEARCHED_USERS = 50
 MESSAGES = 100
 """Of each user who is searched."""
-_WORDS = (
-    "morning coffee with Anna before the train, then peanuts from the market on the corner; "
-    "she asked about order A-{n} and the blue bicycle that we had left at the station in "
-    "October. We might hike up to the lake on Sunday if the weather holds, otherwise cook "
-    "something with lentils and watch the match {n} "
-)
+_POOL = 1_000
+_SYLLABLES = [
+    "ba",
+    "ko",
+    "ri",
+    "ten",
+    "mul",
+    "sa",
+    "dor",
+    "vin",
+    "pel",
+    "ga",
+    "shu",
+    "mon",
+    "ter",
+    "li",
+    "fen",
+]
+_chance = random.Random(1)
+_WORDS = [
+    "".join(_chance.choices(_SYLLABLES, k=_chance.choice((1, 2, 2, 3)))) for _ in range(2_000)
+]
+_OFTEN = list(itertools.accumulate(1 / rank for rank in range(1, len(_WORDS) + 1)))
+"""A few words are said all the time, and most hardly ever (Zipf)."""
+
+
+@cache
+def _pool(size: int) -> list[str]:
+    return [
+        " ".join(_chance.choices(_WORDS, cum_weights=_OFTEN, k=size // 4))[: size - 8]
+        for _ in range(_POOL)
+    ]
 
 
 def text(n: int, size: int = 300) -> str:
     """What somebody said, of about `size` bytes; no two say the same."""
-    once = _WORDS.format(n=n)
-    return (once * (size // len(once) + 1))[:size]
+    return f"{_pool(size)[n % _POOL]} A-{n}"
+
+
+def query(n: int) -> str:
+    """Three words of what `text` says."""
+    return " ".join(_pool(300)[n % _POOL].split()[3:6])
 
 
 class Kind(StrEnum):
