@@ -13,8 +13,10 @@ the neighbours what is missing finds more than adding a share of their scores.)
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -151,12 +153,9 @@ class Ranked:
         if len(scores) > count:
             scores = scores[: int(np.count_nonzero(scores >= scores[count - 1]))]
         places = self._places[first : first + len(scores)]
-        parts = np.searchsorted(self._bases, places, side="right") - 1
-        numbers = places - self._bases[parts]
-        for part, number, score in zip(
-            parts.tolist(), numbers.tolist(), scores.tolist(), strict=True
-        ):
-            yield Place(part, number), score
+        for place, score in zip(places.tolist(), scores.tolist(), strict=True):
+            part = bisect_right(self._bases, place) - 1
+            yield Place(part, place - self._bases[part]), score
 
 
 def rank(
@@ -173,21 +172,21 @@ def rank(
     in how many messages it occurs. Raises `DamagedIndex`.
     """
     bases = _bases(parts)
-    own = np.zeros(int(bases[-1]), dtype=np.float32)
-    found: list[tuple[np.float32, Array]] = []
+    own = np.zeros(bases[-1], dtype=np.float32)
+    weights = np.zeros((len(terms), bases[-1]), dtype="u1")
+    rarities = np.zeros(len(terms))
     possible = 0.0
-    for term in terms:
+    for row, term in enumerate(terms):
         places, values = _postings(parts, bases, term)
         term.count = len(places)
         if term.kind is Kind.WHOLE and not term.count:
             continue  # its words speak for it
-        rarity = np.float32(math.log(1 + max(total - term.count, 0.5) / (term.count + 0.5)))
-        possible += float(rarity)
+        rarity = math.log(1 + max(total - term.count, 0.5) / (term.count + 0.5))
+        possible += rarity
         if term.count:
-            own[places] += rarity * values
-            weights = np.zeros(len(own), dtype="u1")
-            weights[places] = values
-            found.append((rarity, weights))
+            own[places] += np.float32(rarity) * values
+            weights[row, places] = values
+            rarities[row] = rarity
     candidates = np.flatnonzero(own)
     if session_id is not None:
         candidates = _of_session(parts, bases, candidates, session_digest(session_id))
@@ -196,29 +195,33 @@ def rank(
         candidates = _around_the_best(candidates, own, max(_ALL // 4, 2 * most))
     if not len(candidates):
         return Ranked([], np.empty(0), candidates)
-    scores = _with_neighbours(parts, bases, candidates, found) / (possible * FULL)
-    return Ranked(parts, np.round(scores, _DIGITS), candidates, complete=complete)
+    scores = _with_neighbours(parts, bases, candidates, weights) * rarities[:, None]
+    # Row by row, so that equal messages have equal scores.
+    ranked = np.add.reduce(scores, axis=0) / (possible * FULL)
+    return Ranked(parts, ranked.round(_DIGITS), candidates, complete=complete)
 
 
-def _bases(parts: Sequence[Part]) -> Array:
-    """Where the messages of each part begin when all are numbered."""
-    return np.cumsum([0, *(part.size for part in parts)])
+def _bases(parts: Sequence[Part]) -> list[int]:
+    """Where the messages of each part begin when all are numbered, and where the last ends."""
+    return [*itertools.accumulate((part.size for part in parts), initial=0)]
 
 
-def _postings(parts: Sequence[Part], bases: Array, term: QueryTerm) -> tuple[Array, Array]:
+def _postings(parts: Sequence[Part], bases: Sequence[int], term: QueryTerm) -> tuple[Array, Array]:
     """The places of the messages that hold a term, each once, and its weights there."""
     places: list[Array] = []
     values: list[Array] = []
     for each in (term.term, *term.parts):
         is_part = each != term.term and not term.is_lone
-        for part, base in zip(parts, bases.tolist(), strict=False):
+        for part, base in zip(parts, bases, strict=False):
             postings = part.postings(each)
             if postings is not None:
                 # 16 bits, in a segment.
-                places.append(postings[0].astype(np.int64) + base)
+                places.append(postings[0].astype(np.int64) + base if base else postings[0])
                 values.append(postings[1] // _PART_OF_A_WORD if is_part else postings[1])
     if not places:
         return np.empty(0, np.int64), np.empty(0, "u1")
+    if len(places) == 1:
+        return places[0], values[0]
     if not term.parts:
         return np.concatenate(places), np.concatenate(values)
     everywhere, which = np.unique(np.concatenate(places), return_inverse=True)
@@ -227,9 +230,11 @@ def _postings(parts: Sequence[Part], bases: Array, term: QueryTerm) -> tuple[Arr
     return everywhere, highest
 
 
-def _of_session(parts: Sequence[Part], bases: Array, candidates: Array, digest: int) -> Array:
+def _of_session(
+    parts: Sequence[Part], bases: Sequence[int], candidates: Array, digest: int
+) -> Array:
     kept = [candidates[:0]]
-    for part, base in zip(parts, bases.tolist(), strict=False):
+    for part, base in zip(parts, bases, strict=False):
         edges = np.append(part.starts, part.size) + base
         for which in np.flatnonzero(part.digests == np.uint64(digest)).tolist():
             first, last = np.searchsorted(candidates, edges[which : which + 2])
@@ -251,30 +256,33 @@ def _around_the_best(candidates: Array, own: Array, many: int) -> Array:
 
 
 def _with_neighbours(
-    parts: Sequence[Part],
-    bases: Array,
-    candidates: Array,
-    found: Sequence[tuple[np.float32, Array]],
+    parts: Sequence[Part], bases: Sequence[int], candidates: Array, weights: Array
 ) -> Array:
-    starts = np.concatenate(
-        [part.starts + base for part, base in zip(parts, bases.tolist(), strict=False)]
-    )
-    which = np.searchsorted(starts, candidates, side="right") - 1
+    """Of each term, a row of `weights`, what it weighs for candidates and their neighbours."""
+    starts = _joined([part.starts for part in parts], bases)
+    which = starts.searchsorted(candidates, side="right")
+    ends = np.append(starts[1:], bases[-1])
     near = candidates + _OFFSETS
-    same = (near >= starts[which]) & (near < np.append(starts[1:], bases[-1])[which])
-    shares = np.where(same, _SHARES, np.float32(0))
-    np.clip(near, 0, int(bases[-1]) - 1, out=near)
-    scores = np.zeros(len(candidates))
-    for rarity, weights in found:
-        scores += rarity * (weights[near] * shares).max(axis=0)
-    return scores
+    same = (near >= starts[which - 1]) & (near < ends[which - 1])
+    near *= same  # what is of another session has no share, wherever it is
+    there = weights[:, near] * (same * _SHARES)
+    heaviest: Array = np.maximum.reduce(there, axis=1)
+    return heaviest.astype(np.float64)
 
 
-def _recency(parts: Sequence[Part], bases: Array, places: Array) -> Array:
+def _joined(arrays: Sequence[Array], bases: Sequence[int]) -> Array:
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate([each + base for each, base in zip(arrays, bases, strict=False)])
+
+
+def _recency(parts: Sequence[Part], bases: Sequence[int], places: Array) -> Array:
     if all(part.recency is None for part in parts):
         return places
+    if len(parts) == 1 and parts[0].recency is not None:
+        return parts[0].recency[places]
     recency = places.copy()
-    for part, base in zip(parts, bases.tolist(), strict=False):
+    for part, base in zip(parts, bases, strict=False):
         if part.recency is not None:
             here = (places >= base) & (places < base + part.size)
             recency[here] = part.recency[places[here] - base] + base

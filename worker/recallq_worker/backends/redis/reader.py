@@ -14,6 +14,7 @@ from recallq_worker.backends.base import Record
 from recallq_worker.backends.redis.index import RedisIndex
 from recallq_worker.backends.redis.index_storage import Asking, IndexKeys, pairs
 from recallq_worker.backends.redis.remembered import Entered, Remembered
+from recallq_worker.backends.redis.together import Together
 from recallq_worker.backends.redis.values import to_record
 from recallq_worker.backends.redis.weighing import weighed
 from recallq_worker.search.entries import VERSION, DamagedIndex
@@ -33,6 +34,7 @@ class RedisReader:
         self,
         redis: RedisClient,
         asking: Asking,
+        together: Together,
         look_up: AsyncScript,
         read: AsyncScript,
         index: RedisIndex,
@@ -44,6 +46,7 @@ class RedisReader:
         """`oldest` is the lowest order key of what has not expired."""
         self._redis = redis
         self._asking = asking
+        self._together = together
         self._look_up = look_up
         self._read = read
         self._index = index
@@ -64,8 +67,10 @@ class RedisReader:
         known = self._remembered.entered_of(keys.base)
         mark = b"" if known is None else known.mark
         said = await self._asking(
-            self._look_up(
-                keys=keys.looked_up, args=[keys.segments, VERSION, mark, *dict.fromkeys(terms)]
+            self._together.call(
+                self._look_up,
+                keys.looked_up,
+                [keys.segments, VERSION, mark, *dict.fromkeys(terms)],
             )
         )
         self._segments, self._entries, self._new = [], None, {}
@@ -167,9 +172,10 @@ class RedisReader:
                 block, at = divmod(number, IDS_TOGETHER)
                 blocks += [self._segments[part], block, at]
         said = await self._asking(
-            self._read(
-                keys=[self._keys.records],
-                args=[self._keys.segments, int(values), len(direct), *direct, *blocks],
+            self._together.call(
+                self._read,
+                [self._keys.records],
+                [self._keys.segments, int(values), len(direct), *direct, *blocks],
             )
         )
         if said is None:

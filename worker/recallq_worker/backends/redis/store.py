@@ -36,6 +36,7 @@ from recallq_worker.backends.redis.index import RedisIndex
 from recallq_worker.backends.redis.index_storage import IndexKeys
 from recallq_worker.backends.redis.reader import RedisReader, StaleIndex
 from recallq_worker.backends.redis.remembered import Remembered
+from recallq_worker.backends.redis.together import Together
 from recallq_worker.backends.redis.values import to_record, to_value
 from recallq_worker.backends.redis.vector_rows import RedisVectorRows
 from recallq_worker.embedding import make_document_embedder
@@ -133,6 +134,7 @@ class RedisStore:
         self._look_up = self._redis.register_script(index_scripts.LOOK_UP)
         self._read_places = self._redis.register_script(index_scripts.READ)
         self._add = self._redis.register_script(scripts.ADD)
+        self._together = Together(self._redis)
         self._remembered = Remembered()
         self._index = RedisIndex(
             self._redis,
@@ -238,6 +240,7 @@ class RedisStore:
             reader = RedisReader(
                 self._redis,
                 self._asking,
+                self._together,
                 self._look_up,
                 self._read_places,
                 self._index,
@@ -265,7 +268,7 @@ class RedisStore:
         if scope.session_id is not None:
             order = f"{base}:s:{escape(scope.session_id)}"
         ids, values = await self._asking(
-            self._page(keys=[f"{base}:r", order], args=[self._cutoff(), offset, limit])
+            self._together.call(self._page, [f"{base}:r", order], [self._cutoff(), offset, limit])
         )
         found = (
             to_record(record_id, value, scope) for record_id, value in zip(ids, values, strict=True)
