@@ -211,8 +211,11 @@ class MemoryClient:
 
         Filters: ``top_k``, ``session_id``, ``score_threshold``. See `search` for scores.
         """
-        hits = await self.search(user_id, messages, filters, timeout=timeout, lane=lane)
-        return [hit.message for hit in hits]
+        requests, timeout = self._ready(), self._timeout(timeout)
+        request = requests.search(user_id, messages, filters, timeout=timeout, lane=lane)
+        if request is None:
+            return []
+        return [self._message(hit) for hit in (await self._result(request, timeout))["hits"]]
 
     async def list_memory(
         self,
@@ -226,8 +229,10 @@ class MemoryClient:
 
         Filters: ``page_num`` (from 1), ``page_size``, ``session_id``.
         """
-        records = await self.list_records(user_id, filters, timeout=timeout, lane=lane)
-        return [record.message for record in records]
+        requests, timeout = self._ready(), self._timeout(timeout)
+        request = requests.page(user_id, filters, timeout=timeout, lane=lane)
+        found = await self._result(request, timeout)
+        return [self._message(record) for record in found["records"]]
 
     async def delete_memory(
         self,
@@ -366,10 +371,7 @@ class MemoryClient:
     def value_of(self, outcome: Outcome, job_id: str, *, early: bool = False) -> Any:
         """A settled job's value as callers see it; raises the error of one that failed, unless it
         is `early` enough for them that it was stored."""
-        kept = outcome.state in (JobState.SUCCEEDED, JobState.STORED)
-        if not kept and not (early and outcome.operation is Operation.ADD and outcome.result):
-            raise from_wire(outcome.error or {}, job_id=job_id)
-        result = outcome.result or {}
+        result = self._result_of(outcome, job_id, early=early)
         match outcome.operation:
             case Operation.ADD:
                 return AddResult.model_validate(result)
@@ -384,10 +386,21 @@ class MemoryClient:
             case _:
                 return Health.model_validate(result)
 
+    @staticmethod
+    def _result_of(outcome: Outcome, job_id: str, *, early: bool) -> dict[str, Any]:
+        kept = outcome.state in (JobState.SUCCEEDED, JobState.STORED)
+        if not kept and not (early and outcome.operation is Operation.ADD and outcome.result):
+            raise from_wire(outcome.error or {}, job_id=job_id)
+        return outcome.result or {}
+
     def _told(self, stored: dict[str, Any]) -> dict[str, Any]:
         """A stored record with its message as the caller's class."""
+        return {**stored, "message": self._message(stored)}
+
+    def _message(self, stored: dict[str, Any]) -> Any:
+        """A stored record's message as the caller's class."""
         try:
-            return {**stored, "message": self._returning(stored["message"])}
+            return self._returning(stored["message"])
         except Exception as error:
             raise ConfigurationError(
                 f"the message of record {stored.get('record_id')} does not fit message_type; "
@@ -402,6 +415,15 @@ class MemoryClient:
 
     async def _call(self, request: Request, timeout: float, *, early: bool = False) -> Any:
         """Sends a job and waits for its value."""
+        outcome = await self._outcome(request, timeout, early=early)
+        return self.value_of(outcome, request.job.id, early=early)
+
+    async def _result(self, request: Request, timeout: float) -> dict[str, Any]:
+        """The same for those who make less of it than a value."""
+        outcome = await self._outcome(request, timeout)
+        return self._result_of(outcome, request.job.id, early=False)
+
+    async def _outcome(self, request: Request, timeout: float, *, early: bool = False) -> Outcome:
         loop = asyncio.get_running_loop()
         slots = self._in_flight[request.operation.writes]
         deadline = loop.time() + timeout
@@ -432,7 +454,7 @@ class MemoryClient:
                 job_id=request.job.id or None,
             ) from None
         assert outcome is not None  # wait=True
-        return self.value_of(outcome, request.job.id, early=early)
+        return outcome
 
     async def _submit(self, request: Request) -> JobHandle:
         """Sends a job and returns once it is accepted."""

@@ -25,11 +25,11 @@ from recallq.contract import (
     Scope,
     SearchJob,
     Wait,
-    made,
 )
 from recallq.errors import ConfigurationError, InvalidInput
 from recallq.jsonable import is_unicode
 from recallq.messages import MessageLike, encode_messages, to_messages
+from recallq.models import made
 from recallq.settings import ClientSettings
 
 _SEARCH_FILTERS = ("top_k", "session_id", "score_threshold")

@@ -6,6 +6,7 @@ import decimal
 import enum
 import json
 import math
+import pickle
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from recallq.messages import (
     RefusalPart,
     TextPart,
     encode_message,
+    encode_messages,
     message_text,
     returning,
     to_message,
@@ -905,3 +907,54 @@ def test_a_class_that_cannot_be_made_from_a_message_is_refused(message_type: Any
     """Said when the client is made, not when the first result comes back."""
     with pytest.raises(ConfigurationError, match="message_type"):
         returning(message_type)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"role": "user", "content": "tea"},
+        {"content": "tea", "role": "user"},
+        {"role": "user", "content": [{"type": "text", "text": "tea"}]},
+        {"role": "user", "content": [{"text": "tea", "type": "text"}]},
+        {"role": "user", "content": ""},
+        {"role": "user", "content": []},
+        {"role": "user", "content": [{"type": "text", "text": None}]},
+        {"role": "user", "content": [{"type": "text", "text": "tea", "x": 1}]},
+        {"role": "user", "content": [{"type": "data", "data": "tea"}]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "user", "content": "tea", "name": "Ann"},
+        {"role": "user", "type": "message"},
+        {"role": None, "content": "tea"},
+        {"content": "tea"},
+    ],
+    ids=str,
+)
+def test_what_comes_back_is_what_pydantic_makes_of_it(stored: dict[str, Any]) -> None:
+    made, validated = returning(Message)(stored), Message.model_validate(stored)
+    assert made == validated
+    assert made.model_fields_set == validated.model_fields_set
+    assert (made.to_dict(), repr(made)) == (validated.to_dict(), repr(validated))
+    assert made.model_copy(deep=True) == validated
+    assert pickle.loads(pickle.dumps(made)) == validated  # our own
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "tea", "", "null", "\u2603 [{", {"role": "user", "content": "tea"},
+        {"content": "tea", "role": "user"}, {"role": "user", "content": ""},
+        Message.user("tea"), {"role": "user", "content": None},
+        {"role": "user", "content": "x", "y": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plain_message_is_sent_as_any_other(value: Any) -> None:
+    assert encode_messages(value, LIMIT) == [encode_message(to_message(value), "m", LIMIT)]
+    assert encode_messages([value], LIMIT) == encode_messages(value, LIMIT)
+
+
+def test_a_plain_message_that_cannot_be_sent_is_refused_as_any_other() -> None:
+    with pytest.raises(InvalidInput, match="not valid Unicode"):
+        encode_messages({"role": "user", "content": "\ud800"}, LIMIT)
+    with pytest.raises(InvalidInput, match="the limit is 1,024"):
+        encode_messages("x" * 2000, 1024)

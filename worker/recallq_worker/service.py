@@ -12,6 +12,7 @@ memories, and the second step of adds that are stored and not yet searchable.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -434,7 +435,9 @@ class MemoryService:
 
     async def _each(self, run: _Run, runnable: list[int], *, begun: bool = False) -> None:
         """Runs jobs side by side."""
-        slots = asyncio.Semaphore(self._parallel_jobs)
+        most = self._parallel_jobs
+        # For those who would wait for their turn. It is not free.
+        slots = asyncio.Semaphore(most) if len(runnable) > most else contextlib.nullcontext()
 
         async def settle(index: int) -> None:
             async with slots:

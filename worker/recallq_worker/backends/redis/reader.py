@@ -66,12 +66,10 @@ class RedisReader:
         keys = self._keys
         known = self._remembered.entered_of(keys.base)
         mark = b"" if known is None else known.mark
-        said = await self._asking(
-            self._together.call(
-                self._look_up,
-                keys.looked_up,
-                [keys.segments, VERSION, mark, *dict.fromkeys(terms)],
-            )
+        said = await self._together.call(
+            self._look_up,
+            keys.looked_up,
+            [keys.segments, VERSION, mark, *dict.fromkeys(terms)],
         )
         self._segments, self._entries, self._new = [], None, {}
         self._mixed = set()
@@ -171,12 +169,10 @@ class RedisReader:
                 order.append((False, len(blocks) // 3))
                 block, at = divmod(number, IDS_TOGETHER)
                 blocks += [self._segments[part], block, at]
-        said = await self._asking(
-            self._together.call(
-                self._read,
-                [self._keys.records],
-                [self._keys.segments, int(values), len(direct), *direct, *blocks],
-            )
+        said = await self._together.call(
+            self._read,
+            [self._keys.records],
+            [self._keys.segments, int(values), len(direct), *direct, *blocks],
         )
         if said is None:
             raise Moved

@@ -134,7 +134,7 @@ class RedisStore:
         self._look_up = self._redis.register_script(index_scripts.LOOK_UP)
         self._read_places = self._redis.register_script(index_scripts.READ)
         self._add = self._redis.register_script(scripts.ADD)
-        self._together = Together(self._redis)
+        self._together = Together(self._redis, self._asking, self._worded)
         self._remembered = Remembered()
         self._index = RedisIndex(
             self._redis,
@@ -267,8 +267,8 @@ class RedisStore:
         order = f"{base}:o"
         if scope.session_id is not None:
             order = f"{base}:s:{escape(scope.session_id)}"
-        ids, values = await self._asking(
-            self._together.call(self._page, [f"{base}:r", order], [self._cutoff(), offset, limit])
+        ids, values = await self._together.call(
+            self._page, [f"{base}:r", order], [self._cutoff(), offset, limit]
         )
         found = (
             to_record(record_id, value, scope) for record_id, value in zip(ids, values, strict=True)
@@ -414,8 +414,11 @@ class RedisStore:
             async with asyncio.timeout(COMMAND_TIMEOUT):
                 return await reply
         except LOST as error:
-            kind = BackendUnavailable if is_transient(error) else BackendError
-            raise kind(f"Redis at {redact(self._url)}: {reason_of(error)}") from error
+            raise self._worded(error) from error
+
+    def _worded(self, error: Exception) -> JobError:
+        kind = BackendUnavailable if is_transient(error) else BackendError
+        return kind(f"Redis at {redact(self._url)}: {reason_of(error)}")
 
 
 def _portions(users: Sequence[_UserAdd]) -> Iterator[list[_UserAdd]]:

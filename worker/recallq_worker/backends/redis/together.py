@@ -7,27 +7,38 @@ on the processor more than on the wire.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from redis import exceptions
 from redis.commands.core import AsyncScript
 
-from recallq.redis_client import COMMAND_TIMEOUT, RedisClient
+from recallq.errors import JobError
+from recallq.redis_client import RedisClient
+from recallq_worker.backends.redis.index_storage import Asking
 
 _MOST = 100
 """Calls in one round trip."""
 
 
+_Call: TypeAlias = tuple[AsyncScript, list[str], list[Any], asyncio.Future[Any]]
+
+
 class Together:
     """Calls scripts, as they call themselves. Only for those that may be called again."""
 
-    def __init__(self, redis: RedisClient) -> None:
+    def __init__(
+        self, redis: RedisClient, asking: Asking, worded: Callable[[Exception], JobError]
+    ) -> None:
+        """`worded` makes a backend's error of a driver's, as `asking` does."""
         self._redis = redis
-        self._calls: list[tuple[AsyncScript, list[str], list[Any], asyncio.Future[Any]]] = []
+        self._asking = asking
+        self._worded = worded
+        self._calls: list[_Call] = []
         self._sending: set[asyncio.Task[None]] = set()
 
     async def call(self, script: AsyncScript, keys: list[str], args: list[Any]) -> Any:
-        """What a script returns. Raises redis-py's errors, and TimeoutError."""
+        """What a script returns. Raises what `asking` raises."""
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._calls.append((script, keys, args, reply))
@@ -42,33 +53,25 @@ class Together:
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
 
-    async def _ask(
-        self, calls: list[tuple[AsyncScript, list[str], list[Any], asyncio.Future[Any]]]
-    ) -> None:
-        calls = [each for each in calls if not each[3].done()]
+    async def _ask(self, calls: list[_Call]) -> None:
+        failure: BaseException = asyncio.CancelledError()
         try:
-            async with asyncio.timeout(COMMAND_TIMEOUT):
-                for reply, said in zip(
-                    [each[3] for each in calls], await self._replies(calls), strict=True
-                ):
-                    if reply.done():
-                        continue  # nobody waits any longer
-                    if isinstance(said, Exception):
-                        reply.set_exception(said)
-                    else:
-                        reply.set_result(said)
-        except BaseException as error:
+            replies = await self._asking(self._replies(calls))
+            for (*_, reply), said in zip(calls, replies, strict=True):
+                if reply.done():
+                    continue  # nobody waits any longer
+                if isinstance(said, Exception):
+                    reply.set_exception(self._worded(said))
+                else:
+                    reply.set_result(said)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is the callers' to see
+            failure = error
+        finally:
             for *_, reply in calls:
                 if not reply.done():
-                    reply.set_exception(
-                        error if isinstance(error, Exception) else ConnectionError("stopped")
-                    )
-            if not isinstance(error, Exception):
-                raise
+                    reply.set_exception(failure)
 
-    async def _replies(
-        self, calls: list[tuple[AsyncScript, list[str], list[Any], asyncio.Future[Any]]]
-    ) -> list[Any]:
+    async def _replies(self, calls: list[_Call]) -> list[Any]:
         for first_try in (True, False):
             pipe = self._redis.pipeline(transaction=False)
             for script, keys, args, _ in calls:
@@ -79,6 +82,7 @@ class Together:
                 isinstance(each, exceptions.NoScriptError) for each in replies
             ):
                 return replies
+            # The server was restarted.
             for text in {script.script for script, *_ in calls}:
                 await self._redis.script_load(text)
         raise AssertionError("unreachable")
