@@ -101,6 +101,7 @@ def connect(
     max_connections: int = 16,
     connect_timeout: float = 5.0,
     retries: int = 3,
+    subscribes: bool = False,
 ) -> RedisClient:
     """An asyncio client for `url` (``redis://``, ``rediss://`` or ``unix://``); replies are bytes.
 
@@ -108,6 +109,9 @@ def connect(
     `max_connections` wait for a free one. A command that fails with the connection is repeated up
     to `retries` times, so only commands that may be repeated belong here; `retries=0` for the
     others. Commands have no time limit of their own: see `asking`.
+
+    `subscribes`: for pub/sub, which takes the older protocol: with RESP3, redis-py writes every
+    message out for a debug log, whether or not there is one.
     """
     options: dict[str, Any] = {}
     if not url.startswith("unix://"):
@@ -122,6 +126,7 @@ def connect(
         driver_info=_DRIVER,
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), retries),
         retry_on_error=[exceptions.BusyLoadingError],
+        protocol=2 if subscribes else 3,
         **options,
     )
     pool.connection_class = _PACKING[pool.connection_class]

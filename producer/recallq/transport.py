@@ -300,6 +300,7 @@ class Transport:
                 max_connections=2,
                 connect_timeout=self._settings.connect_timeout,
                 retries=0,
+                subscribes=True,
             )
             try:
                 async with redis.pubsub(ignore_subscribe_messages=True) as pubsub:
