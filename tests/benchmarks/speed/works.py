@@ -94,7 +94,7 @@ SEARCHES = Work(
     f"search_memory, 200 in flight, {MESSAGES} messages per user",
     "search", Kind.IN_FLIGHT, 10_000, 1_000, 200,
 )  # fmt: skip
-SUBMITTED = Work("submit_add, fire and forget", "add", Kind.FORGET, 50_000, 2_000, 200)
+SUBMITTED = Work("submit_add, fire and forget", "add", Kind.FORGET, 50_000, 2_000, 1_000)
 LARGE = Work("add_memory of 4 kB, 200 in flight", "add", Kind.IN_FLIGHT, 8_000, 1_000, 200, 4096)
 NAPS = Work("jobs that wait 50 ms, 400 in flight", "nap", Kind.IN_FLIGHT, 6_000, 1_500, 400)
-BACKLOG = Work("adds of a backlog", "add", Kind.BACKLOG, 20_000, 0, 200)
+BACKLOG = Work("adds of a backlog", "add", Kind.BACKLOG, 50_000, 0, 1_000)

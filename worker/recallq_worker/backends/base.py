@@ -20,9 +20,9 @@ from recallq.errors import JobError
 from recallq_worker.settings import WorkerSettings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
-    """One stored message."""
+    """One stored message. Nobody changes one; that it could be is four times as fast to make."""
 
     record_id: str
     """The same whenever the same message of the same job is stored."""
@@ -49,7 +49,7 @@ class Added(Enum):
     """A delete that was submitted after it has been here before it: it is not stored."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Hit:
     """A record that a search found; a higher score is a better match."""
 

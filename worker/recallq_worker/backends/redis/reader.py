@@ -1,5 +1,7 @@
 """Searches one user's index in Redis: one round trip for what is to be known of the query's terms,
-one for the records. Only who looks for a part of a word needs more."""
+one for the records that are not known from another search. Only who looks for a part of a word
+needs more.
+"""
 
 from __future__ import annotations
 
@@ -60,6 +62,7 @@ class RedisReader:
         """Segments in which messages do not stand in their order."""
         self._entries: EntriesPart | None = None
         self._new: dict[bytes, bytes] = {}
+        self._read_before: dict[bytes, Record] = {}
 
     async def look_up(self, terms: Sequence[int]) -> Snapshot:
         """Raises `StaleIndex`, `DamagedIndex`."""
@@ -71,7 +74,7 @@ class RedisReader:
             keys.looked_up,
             [keys.segments, VERSION, mark, *dict.fromkeys(terms)],
         )
-        self._segments, self._entries, self._new = [], None, {}
+        self._segments, self._entries, self._new, self._read_before = [], None, {}, {}
         self._mixed = set()
         if said is None:
             return Snapshot([], 0)
@@ -81,7 +84,7 @@ class RedisReader:
         if entries is not None:
             known = self._entered(mark, generation, dict(pairs(entries)))
         assert known is not None  # its mark was given
-        self._new, self._entries = known.entries, known.part
+        self._new, self._entries, self._read_before = known.entries, known.part, known.records
         parts: list[tuple[int, str, Part]] = []
         for name, about, sessions, buckets in segments:
             if sessions is None:
@@ -106,7 +109,7 @@ class RedisReader:
                 entries[record_id] = entry
                 self._remembered.keep_text(base, record_id, entry, text)
             self._index.fill(base, generation, {each[0]: each[1] for each in made})
-        entered = Entered(mark, entries, EntriesPart(entries))
+        entered = Entered(mark, entries, EntriesPart(entries), {})
         self._remembered.keep_entered(base, entered)
         return entered
 
@@ -136,10 +139,21 @@ class RedisReader:
         return [*found, *await self._index.texts_of(self._keys, self._new)]
 
     async def read(self, places: Sequence[Place]) -> Sequence[Record | None]:
-        ids, values = await self._at(places, values=True)
-        return [
-            self._record(record_id, value) for record_id, value in zip(ids, values, strict=True)
-        ]
+        # Those that were there when the index was looked up, as they were read before.
+        known = [self._known(place) for place in places]
+        missing = [place for place, record in zip(places, known, strict=True) if record is None]
+        if missing:
+            ids, values = await self._at(missing, values=True)
+            found = iter(
+                self._record(record_id, value) for record_id, value in zip(ids, values, strict=True)
+            )
+            known = [next(found) if record is None else record for record in known]
+        return [None if record is None else self._wanted(record) for record in known]
+
+    def _known(self, place: Place) -> Record | None:
+        if place.part != len(self._segments) or self._entries is None:
+            return None
+        return self._read_before.get(self._entries.ids[place.number])
 
     async def ids(self, places: Sequence[Place]) -> Sequence[str]:
         ids, _ = await self._at(places, values=False)
@@ -148,10 +162,11 @@ class RedisReader:
     async def records(self, ids: Sequence[str]) -> Sequence[Record | None]:
         reply = self._redis.hmget(self._keys.records, list(ids))
         values = await self._asking(cast("Awaitable[list[bytes | None]]", reply))
-        return [
+        found = [
             self._record(record_id.encode(), value)
             for record_id, value in zip(ids, values, strict=True)
         ]
+        return [None if record is None else self._wanted(record) for record in found]
 
     async def _at(
         self, places: Sequence[Place], *, values: bool
@@ -184,7 +199,12 @@ class RedisReader:
 
     def _record(self, record_id: bytes, value: bytes | None) -> Record | None:
         record = None if value is None else to_record(record_id, value, self._scope)
-        if record is None or (self._oldest is not None and record.order < self._oldest):
+        if record is not None and record_id in self._new:
+            self._read_before[record_id] = record
+        return record
+
+    def _wanted(self, record: Record) -> Record | None:
+        if self._oldest is not None and record.order < self._oldest:
             return None  # has expired, and is yet to be swept out
         if self._scope.session_id not in (None, record.scope.session_id):
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Generic, NamedTuple, TypeVar
 
+from recallq_worker.backends.base import Record
 from recallq_worker.search.scoring import EntriesPart
 
 K = TypeVar("K")
@@ -18,8 +19,8 @@ _SEGMENTS_BYTES = 24 << 20
 _EACH = 200
 """Bytes, roughly, of an entry besides its text."""
 _PARTS_BYTES = 64 << 20
-_TERM = 15
-"""Bytes of a term of an entry, about."""
+_TERM = 40
+"""Bytes of a term of an entry, about: what stands in the index, and the word in its record."""
 
 
 class Entered(NamedTuple):
@@ -29,10 +30,12 @@ class Entered(NamedTuple):
     """What the moment is known by."""
     entries: dict[bytes, bytes]
     part: EntriesPart
+    records: dict[bytes, Record]
+    """Those that searches have read."""
 
     @property
     def size(self) -> int:
-        """Bytes, about."""
+        """Bytes, about, with all records."""
         return (1 + len(self.entries)) * _EACH + self.part.terms * _TERM
 
 
