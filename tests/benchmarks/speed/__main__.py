@@ -203,9 +203,9 @@ def _rows(found: Found, works: list[Work], *, backlog: bool) -> list[Row]:
     if backlog:
         one, two = found["one worker"]["ours"], found["two workers"]["ours"]
         rates = [one.stored_per_second(), two.stored_per_second()]
-        rows.append(Row("adds of a backlog, one worker", "1/s", rates[0], None, ""))
+        rows.append(Row(f"{BACKLOG.name}, one worker", "1/s", rates[0], None, ""))
         rows.append(
-            Row("adds of a backlog, two workers", "1/s", rates[1], None,
+            Row(f"{BACKLOG.name}, two workers", "1/s", rates[1], None,
                 "at least 1.6 times one", rates[1] / rates[0])
         )  # fmt: skip
     return rows

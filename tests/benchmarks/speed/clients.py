@@ -49,6 +49,9 @@ class Done:
 class Side(Protocol):
     """How one side makes calls. Counts them itself, so that no two messages are alike."""
 
+    group: int
+    """Which users it adds for: those of a work have nothing stored before."""
+
     async def __aenter__(self) -> Self: ...
     async def __aexit__(self, *_: object) -> None: ...
     async def prepare(self) -> None: ...
@@ -56,6 +59,7 @@ class Side(Protocol):
     async def search(self) -> None: ...
     async def nap(self) -> None: ...
     async def submit(self, size: int) -> None: ...
+    async def submit_search(self) -> None: ...
     async def drained(self) -> bool: ...
 
 
@@ -66,6 +70,7 @@ class Ours:
         self._client = MemoryClient(url, namespace="ours", high_water_mark=10**7)
         self._naps = MemoryClient(url, namespace="naps", high_water_mark=10**7)
         self._count = 0
+        self.group = 0
 
     async def __aenter__(self) -> Self:
         await self._client.start()
@@ -86,7 +91,7 @@ class Ours:
 
     def _next(self, users: int = USERS) -> tuple[int, str]:
         self._count += 1
-        return self._count, f"user-{self._count % users}"
+        return self._count, f"user-{self.group}-{self._count % users}"
 
     async def add(self, size: int) -> None:
         n, user = self._next()
@@ -106,6 +111,11 @@ class Ours:
         n, user = self._next()
         await self._client.submit_add(user, text(n, size))
 
+    async def submit_search(self) -> None:
+        n, _ = self._next()
+        user = f"searched-{n % SEARCHED_USERS}"
+        await self._client.submit_search(user, query(n % MESSAGES))
+
     async def drained(self) -> bool:
         return not any((await self._client.transport.outstanding()).values())
 
@@ -118,6 +128,7 @@ class Plain:
         # Calls that wait want many threads. For all others, asyncio's own six were the fastest.
         self._napping = ThreadPoolExecutor(_NAPPING_THREADS)
         self._count = 0
+        self.group = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -137,7 +148,7 @@ class Plain:
     def _next(self, size: int) -> tuple[str, str, int, dict[str, Any]]:
         self._count += 1
         n = self._count
-        return f"r{n}", f"user-{n % USERS}", n, _said(n, size)
+        return f"r{n}", f"user-{self.group}-{n % USERS}", n, _said(n, size)
 
     async def add(self, size: int) -> None:
         arguments = self._next(size)
@@ -159,6 +170,9 @@ class Plain:
         arguments = self._next(size)
         await asyncio.to_thread(lambda: plain.add_and_forget.delay(*arguments))
 
+    async def submit_search(self) -> None:
+        raise NotImplementedError("only RecallQ is measured with several workers")
+
     async def drained(self) -> bool:
         waiting = await self._redis.llen(plain.QUEUE)
         return not waiting and not await self._redis.hlen("unacked")
@@ -175,14 +189,17 @@ async def _do(side: Side, work: Work, times: int, workers: Sequence[int]) -> Don
     """Does a work. `workers` are the processes that are to be frozen for a backlog."""
     call: Callable[[], Awaitable[None]]
     match work.operation:
-        case "add" if work.kind in (Kind.FORGET, Kind.BACKLOG):
+        case "add" if work.kind is Kind.FORGET:
             call = partial(side.submit, work.size)
+        case "search" if work.kind is Kind.BACKLOG:
+            call = side.submit_search
         case "add":
             call = partial(side.add, work.size)
         case "search":
             call = side.search
         case _:
             call = side.nap
+    side.group += 1
     latencies: list[float] = []
     left = times
 

@@ -97,4 +97,6 @@ SEARCHES = Work(
 SUBMITTED = Work("submit_add, fire and forget", "add", Kind.FORGET, 50_000, 2_000, 1_000)
 LARGE = Work("add_memory of 4 kB, 200 in flight", "add", Kind.IN_FLIGHT, 8_000, 1_000, 200, 4096)
 NAPS = Work("jobs that wait 50 ms, 400 in flight", "nap", Kind.IN_FLIGHT, 6_000, 1_500, 400)
-BACKLOG = Work("adds of a backlog", "add", Kind.BACKLOG, 50_000, 0, 1_000)
+BACKLOG = Work("searches of a backlog", "search", Kind.BACKLOG, 6_000, 0, 1_000)
+"""What a worker has most to do for, and Redis least: elsewhere two cores are too few to show more
+workers at work."""
