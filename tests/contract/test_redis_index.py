@@ -6,19 +6,23 @@ import asyncio
 import json
 import random
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import orjson
 import pytest
 
 from recallq.contract import Scope
+from recallq.errors import BackendError
 from recallq.redis_client import RedisClient
 from recallq_worker.backends.base import Added, Record
 from recallq_worker.backends.redis import RedisStore, rebuilding
 from recallq_worker.backends.redis import index as index_module
-from recallq_worker.backends.redis.index_storage import IndexStorage
+from recallq_worker.backends.redis.index_storage import IndexKeys, IndexStorage
+from recallq_worker.backends.redis.values import to_value
+from recallq_worker.backends.redis.weighing import weighed
 from recallq_worker.reindexing import reindex
 from recallq_worker.search import upkeep
 from recallq_worker.settings import WorkerSettings
@@ -171,6 +175,134 @@ class TestGrowing:
         assert sorted(await found(store, user, "tea")) == sorted(odd)
         for each in odd:
             assert await found(store, user, "tea", each) == [each]
+
+
+async def entries(redis_url: str, namespace: str, user: str) -> dict[bytes, bytes]:
+    async with redis_at(redis_url) as redis:
+        return await fields_of(redis, f"{namespace}:m:{{default/{user}}}:e")
+
+
+class TestWhatIsNew:
+    """Records get their entries from whoever searches first."""
+
+    async def test_the_first_search_makes_the_entries_for_all(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        await store.add([record(user, f"tea {n}", record_id=f"r{n}") for n in range(20)])
+        assert set((await entries(redis_url, namespace, user)).values()) == {b""}
+        assert await found(store, user, "7") == ["r7"]
+        await store.settled()
+        made = await entries(redis_url, namespace, user)
+        assert len(made) == 20
+        assert all(made.values())
+        async with opened(redis_url, namespace) as another:
+            assert await found(another, user, "8") == ["r8"]
+            await another.settled()
+        assert await entries(redis_url, namespace, user) == made
+
+    async def test_searches_of_one_worker_see_what_others_add_and_remove(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        scope = Scope("default", user, "s")
+        await store.add([record(user, "tea", record_id="a", session="s", epoch=1)])
+        assert await found(store, user, "tea") == ["a"]
+        async with opened(redis_url, namespace) as another:
+            await another.add([record(user, "tea", record_id="b", session="s", epoch=1)])
+            assert await found(store, user, "tea") == ["b", "a"]
+            # Before all others, so that the newest message stays the same.
+            first = record(user, "tea", record_id="c", session="s", epoch=1)
+            await another.add([replace(first, order=1)])
+            assert await found(store, user, "tea") == ["b", "a", "c"]
+            await another.delete(scope, before_epoch=2)
+            assert await found(store, user, "tea") == []
+            await another.add([record(user, "coffee", record_id="a", session="s", epoch=3)])
+            assert await found(store, user, "tea") == []
+            assert await found(store, user, "coffee") == ["a"]
+
+    async def test_a_session_that_is_trimmed_is_seen_as_it_is(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with opened(redis_url, namespace, max_messages_per_session=3) as store:
+            for n in range(10):
+                await store.add([record(user, f"tea {n}", record_id=f"r{n}", session="s")])
+                wanted = [f"r{k}" for k in range(n, max(n - 3, -1), -1)]
+                assert await found(store, user, "tea") == wanted
+
+    async def test_what_was_made_of_a_deleted_record_is_not_kept_for_another(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        """A search that read a record before it was deleted ends after its id is back."""
+        await store.add([record(user, "tea", record_id="a", epoch=1)])
+        keys = IndexKeys(store._base("default", user))
+        async with redis_at(redis_url) as redis:
+            generation = await cast("Awaitable[bytes]", redis.hget(keys.own[0], "g"))
+        await store.delete(Scope("default", user), before_epoch=2)
+        await store.add([record(user, "coffee", record_id="a", epoch=3)])
+        [(_, stale, _)] = weighed([(b"a", to_value(record(user, "tea")))])
+        store._index.fill(keys.base, generation, {b"a": stale})
+        await store.settled()
+        assert await entries(redis_url, namespace, user) == {b"a": b""}
+        assert await found(store, user, "tea") == []
+        assert await found(store, user, "coffee") == ["a"]
+
+    async def test_large_messages_do_not_hold_up_the_event_loop(
+        self, store: RedisStore, user: str
+    ) -> None:
+        words = " ".join(f"word{n}" for n in range(60_000))
+        await store.add([record(user, f"{words} {n}", record_id=f"r{n}") for n in range(4)])
+        longest, over = 0.0, asyncio.Event()
+
+        async def look() -> None:
+            nonlocal longest
+            loop = asyncio.get_running_loop()
+            while not over.is_set():
+                before = loop.time()
+                await asyncio.sleep(0.001)
+                longest = max(longest, loop.time() - before)
+
+        looking = asyncio.create_task(look())
+        assert len(await found(store, user, "word7")) == 4
+        over.set()
+        await looking
+        assert longest < 0.5
+
+
+class TestTogether:
+    async def test_searches_and_pages_side_by_side_survive_a_server_without_scripts(
+        self, store: RedisStore, redis_url: str, user: str
+    ) -> None:
+        await store.add([record(user, f"tea {n}", record_id=f"r{n:02}") for n in range(30)])
+        async with redis_at(redis_url) as redis:
+            await redis.script_flush()
+        scope = Scope("default", user)
+        pages = [store.list(scope, offset=n, limit=1) for n in range(30)]
+        searches = [found(store, user, str(n)) for n in range(30)]
+        listed, answers = await asyncio.gather(asyncio.gather(*pages), asyncio.gather(*searches))
+        assert [page[0].record_id for page in listed] == [f"r{n:02}" for n in range(30)]
+        assert answers == [[f"r{n:02}"] for n in range(30)]
+
+    async def test_who_gives_up_takes_nobody_along(self, store: RedisStore, user: str) -> None:
+        await store.add([record(user, "tea", record_id="a")])
+        asked = [asyncio.create_task(found(store, user, "tea")) for _ in range(20)]
+        await asyncio.sleep(0)
+        for task in asked[::2]:
+            task.cancel()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in answers[::2])
+        assert answers[1::2] == [["a"]] * 10
+
+    async def test_one_that_fails_fails_alone(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        await store.add([record(user, "tea", record_id="a")])
+        async with redis_at(redis_url) as redis:
+            await redis.set(f"{namespace}:m:{{default/odd}}:o", "not a sorted set")
+        good, bad = await asyncio.gather(
+            found(store, user, "tea"), found(store, "odd", "tea"), return_exceptions=True
+        )
+        assert good == ["a"]
+        assert isinstance(bad, BackendError)
+        assert "tea" not in str(bad)
 
 
 class TestDeleting:

@@ -67,7 +67,7 @@ def compacted(
 ) -> Segment | None:
     """One segment of entries and segments - at least one - without the messages that are gone.
 
-    `texts` are those of the entries' messages, as `recallq_worker.search.terms.Analysis` has them.
+    `texts` are those of the entries' messages, as `recallq_worker.search.terms.Weighed` has them.
     None if nothing is left. It is work for the processor. Raises `DamagedIndex`.
     """
     vocabulary = tokens_in(texts)

@@ -31,7 +31,7 @@ from recallq_worker.backends.redis.index_storage import (
 from recallq_worker.backends.redis.rebuilding import TRIES, Rebuilder
 from recallq_worker.backends.redis.remembered import Remembered
 from recallq_worker.backends.redis.values import parts_of
-from recallq_worker.backends.redis.weighing import weighed
+from recallq_worker.backends.redis.weighing import weigh_records
 from recallq_worker.search.entries import DamagedIndex, session_digest
 from recallq_worker.search.segments import sessions_in
 from recallq_worker.search.terms import lines_of
@@ -199,7 +199,7 @@ class RedisIndex:
         merged = to_merge(len(entries), state.segments, _MOST_MERGED)
         missing = [record_id for record_id, entry in entries.items() if not entry]
         values = await self._storage.values(keys, missing)
-        for record_id, entry, text in await asyncio.to_thread(weighed, values):
+        for record_id, entry, text in await weigh_records(values):
             entries[record_id] = entry
             self._remembered.keep_text(keys.base, record_id, entry, text)
         texts = await self.texts_of(keys, entries)

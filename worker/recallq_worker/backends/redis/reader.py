@@ -18,7 +18,7 @@ from recallq_worker.backends.redis.index_storage import Asking, IndexKeys, pairs
 from recallq_worker.backends.redis.remembered import Entered, Remembered
 from recallq_worker.backends.redis.together import Together
 from recallq_worker.backends.redis.values import to_record
-from recallq_worker.backends.redis.weighing import weighed
+from recallq_worker.backends.redis.weighing import weigh_records
 from recallq_worker.search.entries import VERSION, DamagedIndex
 from recallq_worker.search.finder import Moved, Snapshot
 from recallq_worker.search.scoring import EntriesPart, Part, Place, SegmentPart
@@ -82,7 +82,7 @@ class RedisReader:
             raise StaleIndex
         total, generation, mark, entries, segments = said
         if entries is not None:
-            known = self._entered(mark, generation, dict(pairs(entries)))
+            known = await self._entered(mark, generation, dict(pairs(entries)))
         assert known is not None  # its mark was given
         self._new, self._entries, self._read_before = known.entries, known.part, known.records
         parts: list[tuple[int, str, Part]] = []
@@ -99,12 +99,14 @@ class RedisReader:
         self._parts = [part for _, _, part in parts]
         return Snapshot([*self._parts, self._entries], total)
 
-    def _entered(self, mark: bytes, generation: bytes, entries: dict[bytes, bytes]) -> Entered:
+    async def _entered(
+        self, mark: bytes, generation: bytes, entries: dict[bytes, bytes]
+    ) -> Entered:
         """What is in no segment; makes the entries that nobody has made yet."""
         base = self._keys.base
         values = [each for each in entries.items() if each[1][:1] in (b"[", b"")]
         if values:
-            made = weighed(values)
+            made = await weigh_records(values)
             for record_id, entry, text in made:
                 entries[record_id] = entry
                 self._remembered.keep_text(base, record_id, entry, text)

@@ -55,10 +55,14 @@ class Remembered:
             self._entered.move_to_end(base)
         return entered
 
-    def keep_entered(self, base: str, entered: Entered) -> None:
+    def forget_entered(self, base: str) -> None:
+        """Something of the user has been deleted."""
         before = self._entered.pop(base, None)
         if before is not None:
             self._entered_size -= before.size
+
+    def keep_entered(self, base: str, entered: Entered) -> None:
+        self.forget_entered(base)
         self._entered[base] = entered
         self._entered_size += entered.size
         while self._entered_size > _PARTS_BYTES and len(self._entered) > 1:

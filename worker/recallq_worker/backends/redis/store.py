@@ -285,6 +285,7 @@ class RedisStore:
             )
         )
         removed = await self._delete_records(base, scope, before_epoch)
+        self._remembered.forget_entered(base)
         if self._semantic is not None:
             await self._semantic.rows.delete(scope, before_epoch)
         await self._index.clean(base)

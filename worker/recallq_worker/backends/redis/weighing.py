@@ -6,10 +6,23 @@ little more than storing: many records at once are weighed in a fraction of the 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from recallq_worker.backends.redis.values import parts_of
 from recallq_worker.search.entries import entries_of
+
+_AT_ONCE = 64 * 1024
+"""Bytes of records that an event loop may be kept busy with."""
+
+
+async def weigh_records(
+    records: Sequence[tuple[bytes, bytes | None]],
+) -> list[tuple[bytes, bytes, str]]:
+    """As `weighed`, without holding up the event loop for long."""
+    if sum(len(value or b"") for _, value in records) <= _AT_ONCE:
+        return weighed(records)
+    return await asyncio.to_thread(weighed, records)
 
 
 def weighed(records: Sequence[tuple[bytes, bytes | None]]) -> list[tuple[bytes, bytes, str]]:
