@@ -424,6 +424,7 @@ class MemoryClient:
         return self._result_of(outcome, request.job.id, early=False)
 
     async def _outcome(self, request: Request, timeout: float, *, early: bool = False) -> Outcome:
+        """Sends a job and waits until it has settled, or with `early` until it is stored."""
         loop = asyncio.get_running_loop()
         slots = self._in_flight[request.operation.writes]
         deadline = loop.time() + timeout
@@ -440,8 +441,8 @@ class MemoryClient:
                 try:
                     outcome = await draft.answer
                 except BaseException:
-                    if request.job.id:
-                        self.transport.give_up(JobRef.parse(request.job.id).batch_id)
+                    if request.job.id and self._transport is not None:
+                        self._transport.give_up(JobRef.parse(request.job.id).batch_id)
                     raise
                 finally:
                     timer.cancel()

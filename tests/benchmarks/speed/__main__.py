@@ -64,8 +64,8 @@ def main(
     only: Annotated[str, typer.Option(help="Only works whose names have this in them.")] = "",
     grow: Annotated[bool, typer.Option(help="Measure one user's memory as it grows.")] = True,
     endure: Annotated[
-        bool, typer.Option(help="Run a million jobs for the worker's memory.")
-    ] = True,
+        bool, typer.Option("--endure", help="Run a million jobs too, for the worker's memory.")
+    ] = False,
 ) -> None:
     """RecallQ against plain Celery."""
     works = [work for work in WORKS if only in work.name]
