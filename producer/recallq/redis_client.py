@@ -66,7 +66,8 @@ RedisClient: TypeAlias = Redis
 
 class _Packing:
     """Commands packed by hiredis, as redis-py's blocking connections do: its asyncio ones do it in
-    Python, which takes five times as long and is much of what a batch costs."""
+    Python, which takes five times as long and is much of what a batch costs. Arguments are text,
+    bytes and numbers."""
 
     def pack_command(self, *args: Any) -> list[bytes]:
         name = args[0].encode() if isinstance(args[0], str) else args[0]

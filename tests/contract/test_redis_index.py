@@ -266,6 +266,42 @@ class TestWhatIsNew:
         await looking
         assert longest < 0.5
 
+    async def test_large_records_are_not_kept_in_memory(self, store: RedisStore, user: str) -> None:
+        large = {"role": "user", "content": "tea", "image": "x" * 100_000}
+        await store.add([record(user, message=large, record_id="large")])
+        await store.add([record(user, "tea", record_id="small")])
+        for _ in range(2):
+            assert set(await found(store, user, "tea")) == {"large", "small"}
+        entered = store._remembered.entered_of(store._base("default", user))
+        assert entered is not None
+        assert set(entered.records) == {b"small"}
+
+    async def test_a_ttl_that_is_taken_back_holds_for_no_session(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        async with (
+            opened(redis_url, namespace, ttl=100) as mortal,
+            opened(redis_url, namespace) as store,
+            redis_at(redis_url) as redis,
+        ):
+            await mortal.add([record(user, "tea", session=f"s{n}") for n in range(3)])
+            await store.add([record(user, "tea", session="s0")])
+            async for key in redis.scan_iter(f"{namespace}:m:{{default/{user}}}:*"):
+                assert await redis.pttl(key) == -1, key
+
+    async def test_what_is_fenced_off_leaves_nothing_behind(
+        self, store: RedisStore, redis_url: str, namespace: str, user: str
+    ) -> None:
+        await store.delete(Scope("default", user), before_epoch=9)
+        assert await store.add([record(user, "tea", epoch=8)]) == [Added.FENCED]
+        async with redis_at(redis_url) as redis:
+            left = [key async for key in redis.scan_iter(f"{namespace}:m:{{default/{user}}}:*")]
+        assert left == [f"{namespace}:m:{{default/{user}}}:f".encode()]
+
+    async def test_an_add_into_thousands_of_sessions(self, store: RedisStore, user: str) -> None:
+        many = [record(user, "tea", session=f"s{n}") for n in range(9_000)]
+        assert await store.add(many) == [Added.NEW] * len(many)
+
 
 class TestTogether:
     async def test_searches_and_pages_side_by_side_survive_a_server_without_scripts(

@@ -175,6 +175,8 @@ class QoS(redis.QoS):
         if message is None or not _is_listed(message):
             super().restore_by_tag(tag, client, leftmost)
             return
+        if tag in self._dirty:
+            return  # settled meanwhile
         with self.channel.conn_or_acquire(client) as connection:
             pipe = connection.pipeline()
             delivery = message.delivery_info
@@ -202,6 +204,7 @@ class QoS(redis.QoS):
 
     def restore_unacked(self, client: Any = None) -> None:
         self.pay()
+        self._flush()
         try:
             super().restore_unacked(client)
         except LOST as error:

@@ -202,7 +202,7 @@ class RedisReader:
     def _record(self, record_id: bytes, value: bytes | None) -> Record | None:
         record = None if value is None else to_record(record_id, value, self._scope)
         if record is not None and record_id in self._new:
-            self._read_before[record_id] = record
+            self._remembered.keep_record(self._read_before, record_id, record, value)
         return record
 
     def _wanted(self, record: Record) -> Record | None:

@@ -18,9 +18,11 @@ _RECORDS_BYTES = 8 << 20
 _SEGMENTS_BYTES = 24 << 20
 _EACH = 200
 """Bytes, roughly, of an entry besides its text."""
-_PARTS_BYTES = 64 << 20
-_TERM = 40
-"""Bytes of a term of an entry, about: what stands in the index, and the word in its record."""
+_PARTS_BYTES = 128 << 20
+_TERM = 15
+"""Bytes of a term of an entry, about."""
+_LARGEST_RECORD = 2048
+"""Bytes of the value of a record that is kept; it takes some three times as many."""
 
 
 class Entered(NamedTuple):
@@ -35,8 +37,8 @@ class Entered(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes, about, with all records."""
-        return (1 + len(self.entries)) * _EACH + self.part.terms * _TERM
+        """Bytes, at most about, with all records: it does not change while they are read."""
+        return (1 + len(self.entries)) * (_EACH + 3 * _LARGEST_RECORD) + self.part.terms * _TERM
 
 
 class Remembered:
@@ -54,6 +56,14 @@ class Remembered:
         if entered is not None:
             self._entered.move_to_end(base)
         return entered
+
+    @staticmethod
+    def keep_record(
+        records: dict[bytes, Record], record_id: bytes, record: Record, value: bytes | None
+    ) -> None:
+        """Keeps a record that was read among `records` of an `Entered`, unless it is large."""
+        if value is not None and len(value) <= _LARGEST_RECORD:
+            records[record_id] = record
 
     def forget_entered(self, base: str) -> None:
         """Something of the user has been deleted."""

@@ -94,10 +94,16 @@ local function add_all_of_a_user()
   local names, places = at + 4, key + 7
   at, key = at + 4 + 2 * count, key + 7 + count
 
-  local fields = {'*'}
-  for i = 1, count do fields[i + 1] = 's:' .. ARGV[names - 1 + 2 * i] end
-  local fences = redis.call('HMGET', KEYS[places - 3], unpack(fields))
-  local fence = tonumber(fences[1] or '0')
+  local fence, fences = tonumber(redis.call('HGET', KEYS[places - 3], '*') or '0'), {}
+  for first = 1, count, 1000 do
+    local fields = {}
+    for i = first, math.min(first + 999, count) do
+      fields[#fields + 1] = 's:' .. ARGV[names - 1 + 2 * i]
+    end
+    for _, own in ipairs(redis.call('HMGET', KEYS[places - 3], unpack(fields))) do
+      fences[#fences + 1] = math.max(fence, tonumber(own or '0'))
+    end
+  end
 
   local newest_id, newest_place = unpack(redis.call('ZRANGE', order, -1, -1, 'WITHSCORES'))
   local known = redis.call('HMGET', index, 'v', 'n', 'c')
@@ -107,8 +113,9 @@ local function add_all_of_a_user()
     drop_index()
     redis.call('HSET', index, 'v', version)
     next_generation()  -- what was known of an earlier life does not hold for this one
-    of_use, indexed, newest_place = true, false, '-inf'
+    of_use, indexed, newest_place = true, false, -math.huge
   else
+    newest_place = tonumber(newest_place)
     removed = redis.call('HLEN', gone)
     if not of_use then redis.call('HDEL', index, 'v') end
   end
@@ -118,7 +125,7 @@ local function add_all_of_a_user()
     local i, id, place = tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3]
     local epoch, flag = tonumber(ARGV[at + 4]), 'f'
     local value = redis.call('HGET', records, id)
-    if not value and epoch >= math.max(fence, tonumber(fences[i + 1] or '0')) then
+    if not value and epoch >= fences[i] then
       -- The record last: should a command be refused, adding it again finds it missing.
       redis.call('ZADD', order, place, id)
       redis.call('ZADD', KEYS[places + i], place, id)
@@ -130,10 +137,10 @@ local function add_all_of_a_user()
       redis.call('HSET', entries, id, '')
       redis.call('HSET', records, id, ARGV[at + 5])
       touched[i] = true
-      if place == newest_place then
+      if tonumber(place) == newest_place then
         moved = true  -- the later of equals is the one with the higher id, byte by byte
-      elseif tonumber(place) > tonumber(newest_place) then
-        newest_id, newest_place = id, place
+      elseif tonumber(place) > newest_place then
+        newest_id, newest_place = id, tonumber(place)
       end
       flag = 'n'
     elseif value then
@@ -197,6 +204,12 @@ local function add_all_of_a_user()
       for _, each in ipairs({records, order, sessions, index, entries, gone}) do
         all[#all + 1] = each
       end
+      if ttl == 0 then
+        -- The sets of the other sessions go on living, too, with what is in them.
+        for _, suffix in ipairs(redis.call('HVALS', sessions)) do
+          all[#all + 1] = prefix .. suffix
+        end
+      end
       for _, field in ipairs(redis.call('HKEYS', index)) do
         local name = string.match(field, '^s(.+)$')
         if name then all[#all + 1] = segments .. name end
@@ -206,6 +219,7 @@ local function add_all_of_a_user()
       if ttl > 0 then redis.call('PEXPIRE', each, ttl) else redis.call('PERSIST', each) end
     end
   end
+  if not next(touched) and not newest_id then drop_index() end
   told[#told + 1] = {table.concat(stored), redis.call('HLEN', entries), removed,
                      tonumber(indexed or '0'), of_use and 1 or 0}
 end
