@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from recallq.redis_client import RedisClient, connect
 
@@ -36,6 +36,15 @@ def clean_environment(**variables: str) -> dict[str, str]:
         name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)
     }
     return {**environment, **variables}
+
+
+def wait_or_kill(process: subprocess.Popen[Any], timeout: float = 20.0) -> None:
+    """Waits until a process that was told to end has ended, and kills it if it does not."""
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class Worker:
@@ -126,11 +135,7 @@ class Worker:
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        wait_or_kill(self._process)
 
     def close(self) -> None:
         """Stops the worker and forgets its output."""

@@ -25,7 +25,7 @@ from redis.asyncio import Redis
 from recallq import MemoryClient
 from tests.benchmarks.speed import plain
 from tests.benchmarks.speed.works import MESSAGES, SEARCHED_USERS, USERS, Kind, Work, query, text
-from tests.support import clean_environment
+from tests.support import clean_environment, wait_or_kill
 
 _NAPPING_THREADS = 100
 _LOOK_EVERY = 0.02
@@ -97,11 +97,12 @@ class Ours:
         n, user = self._next()
         await self._client.add_memory(user, text(n, size))
 
-    async def search(self) -> None:
+    def _search(self) -> tuple[str, str]:
         n, _ = self._next()
-        user = f"searched-{n % SEARCHED_USERS}"
-        hits = await self._client.search_memory(user, query(n % MESSAGES))
-        assert hits
+        return f"searched-{n % SEARCHED_USERS}", query(n % MESSAGES)
+
+    async def search(self) -> None:
+        assert await self._client.search_memory(*self._search())
 
     async def nap(self) -> None:
         _, user = self._next()
@@ -112,9 +113,7 @@ class Ours:
         await self._client.submit_add(user, text(n, size))
 
     async def submit_search(self) -> None:
-        n, _ = self._next()
-        user = f"searched-{n % SEARCHED_USERS}"
-        await self._client.submit_search(user, query(n % MESSAGES))
+        await self._client.submit_search(*self._search())
 
     async def drained(self) -> bool:
         return not any((await self._client.transport.outstanding()).values())
@@ -154,13 +153,14 @@ class Plain:
         arguments = self._next(size)
         await asyncio.to_thread(lambda: plain.add.delay(*arguments).get())
 
-    async def search(self) -> None:
+    def _search(self) -> tuple[str, str, int]:
         self._count += 1
-        user, wanted = self._count % SEARCHED_USERS, query(self._count % MESSAGES)
-        hits = await asyncio.to_thread(
-            lambda: plain.search.delay(f"searched-{user}", wanted, 10).get()
-        )
-        assert hits
+        n = self._count
+        return f"searched-{n % SEARCHED_USERS}", query(n % MESSAGES), 10
+
+    async def search(self) -> None:
+        arguments = self._search()
+        assert await asyncio.to_thread(lambda: plain.search.delay(*arguments).get())
 
     async def nap(self) -> None:
         loop = asyncio.get_running_loop()
@@ -171,7 +171,8 @@ class Plain:
         await asyncio.to_thread(lambda: plain.add_and_forget.delay(*arguments))
 
     async def submit_search(self) -> None:
-        raise NotImplementedError("only RecallQ is measured with several workers")
+        arguments = self._search()
+        await asyncio.to_thread(lambda: plain.search.apply_async(arguments, ignore_result=True))
 
     async def drained(self) -> bool:
         waiting = await self._redis.llen(plain.QUEUE)
@@ -273,11 +274,7 @@ class Client:
     def stop(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        wait_or_kill(self._process)
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 from recallq.embedded import EmbeddedRedis
 from tests.benchmarks.speed import plain
 from tests.benchmarks.speed.clients import Client
-from tests.support import Worker, clean_environment
+from tests.support import Worker, clean_environment, wait_or_kill
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -39,11 +39,7 @@ class PlainWorker:
 
     def stop(self) -> None:
         self._process.terminate()
-        try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        wait_or_kill(self._process)
 
 
 def our_worker(url: str, namespace: str, backend: str = "redis") -> Worker:
