@@ -94,6 +94,11 @@ class Keys:
         """Sorted set: ids of a user's adds that are on their way to the slow lane, in order."""
         return f"{self.namespace}:coming:{user_tag}"
 
+    def deleting(self, user_tag: str) -> str:
+        """Sorted set: a user's deletes that are on their way to the slow lane, by epoch. A member
+        is ``<job id>|<session>``, without a session where it is the whole user."""
+        return f"{self.namespace}:deleting:{user_tag}"
+
     def pending(self, user_tag: str) -> str:
         """Hash: those jobs by their ids."""
         return f"{self.namespace}:pending:{user_tag}"

@@ -48,11 +48,11 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """Lua: `now` in milliseconds."""
 
 # KEYS: batch, queued, outstanding, queue, result, clock, whether memories are extracted, then the
-#       epoch hash of each user and the set of the user's adds that are on their way.
+#       epoch hash of each user and the set of the user's adds, or deletes, that are on their way.
 # ARGV: batch id, lane, jobs, high-water mark, operation, message, enqueue here (1/0),
 #       "1,1,2": the user of each job, "3,3,0": the jobs' epochs where they are known already,
 #       of deletes with idempotency keys "d1,,d3": each job's, seconds to remember these,
-#       of adds "123,124,": their order keys.
+#       of adds "123,124,": their order keys; of deletes then: each job's session, "" for all.
 # Repeating it after a lost reply is harmless: a batch that is in the ledger is not entered again,
 # nor one that was answered in the meantime, where results are kept on the same Redis.
 _PUBLISH = (
@@ -88,13 +88,15 @@ if epochs == '' then
   end
   epochs = table.concat(each, ',')
 end
-if ARGV[12] ~= '' and redis.call('EXISTS', KEYS[7]) == 1 then
+local delete = ARGV[5] == 'delete'
+if (delete or ARGV[12] ~= '') and redis.call('EXISTS', KEYS[7]) == 1 then
   -- Extractions wait for what was submitted before, as long as it may be on its way.
   local index, users = 0, {}
   for user in string.gmatch(ARGV[8], '%d+') do users[#users + 1] = tonumber(user) end
-  for order in string.gmatch(ARGV[12], '%d+') do
+  for place in string.gmatch(delete and epochs or ARGV[12], '%d+') do
     local coming = KEYS[7 + 2 * users[index + 1]]
-    redis.call('ZADD', coming, order, ARGV[1] .. '-' .. index)
+    local session = delete and '|' .. ARGV[13 + index] or ''
+    redis.call('ZADD', coming, place, ARGV[1] .. '-' .. index .. session)
     redis.call('EXPIRE', coming, 3600)
     index = index + 1
   end
@@ -176,7 +178,7 @@ class ProducerLedger:
                 self._keys.result(batch.id),
                 self._keys.clock,
                 self._keys.extracts,
-                *(key for tag in users for key in self._of_user(tag)),
+                *(key for tag in users for key in self._of_user(tag, batch.operation)),
             ],
             args=[
                 batch.id,
@@ -191,6 +193,7 @@ class ProducerLedger:
                 _digests(batch),
                 _KEYS_LIVE,
                 "".join(f"{job.order}," for job in batch.jobs if isinstance(job, AddJob)),
+                *(job.scope.session_id or "" for job in batch.jobs if isinstance(job, DeleteJob)),
             ],
         )
         if not accepted:
@@ -201,8 +204,10 @@ class ProducerLedger:
                 retry_after=1.0,
             )
 
-    def _of_user(self, tag: str) -> tuple[str, str]:
-        return self._keys.epochs_of(tag), self._keys.coming(tag)
+    def _of_user(self, tag: str, operation: Operation) -> tuple[str, str]:
+        deletes = operation is Operation.DELETE
+        on_their_way = self._keys.deleting(tag) if deletes else self._keys.coming(tag)
+        return self._keys.epochs_of(tag), on_their_way
 
     async def look_up(self, batch_id: str, index: int) -> LedgerEntry | None:
         """The state of job `index`; None if the batch is not outstanding."""

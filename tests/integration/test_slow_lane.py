@@ -115,7 +115,8 @@ async def state(handle: JobHandle, wanted: JobState) -> None:
 
 async def nothing_is_left(client: MemoryClient) -> None:
     """The slow lane and the ledger hold nothing any more."""
-    ours = ("waiting", "pending", "turn", "slow", "batch", "queued", "held", "delayed")
+    on_their_way = ("coming", "deleting", "queued", "held", "delayed", "batch")
+    ours = ("waiting", "pending", "turn", "slow", *on_their_way)
     namespace = client.settings.namespace
     async with redis_at(client.settings.redis_url) as redis:
 
@@ -638,6 +639,46 @@ class TestOnce:
         await client.delete_memory("ann", "default")
         assert (await client.add_memory("ann", "tea", idempotency_key="k")).added == 1
         assert await texts(client, "ann") == ["tea", "tea"]
+
+    @pytest.mark.parametrize("other", ["two", None])
+    async def test_a_key_used_again_waits_for_each_delete_on_its_way(
+        self, client: MemoryClient, start_worker: StartWorker, other: str | None
+    ) -> None:
+        """Also for one that a later delete, of something else, has overtaken."""
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live,slow")
+        kept = await client.submit_add("ann", "tea", "one", idempotency_key="k")
+        await kept.result(30)
+        bulk = await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="bulk")
+        bulk.signal(signal.SIGSTOP)
+        slow = await client.submit_delete("ann", "one", lane="bulk")
+        overtaking = await client.submit_delete("ann" if other else "bob", other)
+        await overtaking.result(30)
+        again = await client.submit_add("ann", "tea", "one", idempotency_key="k")
+        await parked(client, "ann", 1)
+        assert await again.status() is JobState.QUEUED
+        bulk.signal(signal.SIGCONT)
+        await slow.result(30)
+        assert (await again.result(30)).added == 1
+        assert await texts(client, "ann", "one") == ["tea"]
+        await nothing_is_left(client)
+
+    async def test_no_key_waits_for_a_delete_that_is_not_run(
+        self, client: MemoryClient, start_worker: StartWorker
+    ) -> None:
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live,slow")
+        await (await client.submit_add("ann", "tea", idempotency_key="k")).result(30)
+        bulk = await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="bulk")
+        bulk.signal(signal.SIGSTOP)
+        late = await client.submit_delete("ann", lane="bulk")
+        await late.cancel()
+        again = await client.submit_add("ann", "tea", idempotency_key="k")
+        await parked(client, "ann", 1)
+        bulk.signal(signal.SIGCONT)
+        with pytest.raises(JobCancelled):
+            await late.result(30)
+        assert (await again.result(30)).added == 0
+        assert len(await extractions(client)) == 1
+        await nothing_is_left(client)
 
     @pytest.mark.parametrize(("patience", "calls"), [(10, 1), (0.5, 2)])
     async def test_a_worker_that_is_stopped_finishes_or_hands_back_what_it_extracts(

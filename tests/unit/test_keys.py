@@ -106,6 +106,8 @@ def names(namespace: str, name: str) -> dict[str, str]:
         "result": keys.result(name),
         "reply": keys.reply_channel(name),
         "epochs": keys.epochs(name, name),
+        "coming": keys.coming(keys.user_tag(name, name)),
+        "deleting": keys.deleting(keys.user_tag(name, name)),
         "worker": keys.worker(name),
         "owner": keys.backend_owner(name),
         "letter": keys.dead_letter(name),

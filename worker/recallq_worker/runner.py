@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from recallq.clock import FleetClock
-from recallq.contract import AddJob, AnyBatch, BatchResult, JobState, Operation, Scope
+from recallq.contract import AddJob, AnyBatch, BatchResult, DeleteJob, JobState, Operation, Scope
 from recallq.dead_letters import of_job
 from recallq.errors import JobError, to_wire
 from recallq.keys import Keys
@@ -126,9 +126,9 @@ class BatchRunner:
                 self._held.discard(batch.id)
 
     async def _tell_refused(self, batch: AnyBatch, result: BatchResult) -> None:
-        """Says which adds will not come to the slow lane."""
+        """Says which writes will not come to the slow lane."""
         for job, outcome in zip(batch.jobs, result.outcomes, strict=True):
-            if outcome is not None and isinstance(job, AddJob):
+            if outcome is not None and isinstance(job, AddJob | DeleteJob):
                 await insistently(partial(self._slow_ledger.refused, job))
 
     async def _withdraw_letters(self, batch: AnyBatch, result: BatchResult) -> None:

@@ -16,6 +16,8 @@ Everything a crash may fall between is one script. Of a user, by hash tag (see `
               another kind of backend must not take for adds to extract
     coming    adds that were submitted, and are not here yet: what was submitted later waits for
               them for some seconds, as long as it takes to run again what a killed worker held
+    deleting  the same of deletes, by their epochs: an add that was submitted before waits for one
+              that may be about to remove what came of it
     waiting   job ids in order: deletes by their epoch (ms), which is below the order key (µs) of
               any add, so they come first; what they concern is gone by then
     pending   job id -> job;  job id and "+" -> earlier attempts
@@ -172,7 +174,7 @@ class SlowLedger:
         self._refused = redis.register_script(scripts.REFUSED)
         mine = keys.indexing if indexing else keys.slow
         ours = [keys.delayed, keys.held, mine, keys.slow_tokens]
-        self._script_keys = [*ours, keys.coming(""), keys.slow, keys.indexing]
+        self._script_keys = [*ours, keys.coming(""), keys.slow, keys.indexing, keys.deleting("")]
         prefixes = (keys.waiting(""), keys.pending(""), keys.turn(""), keys.epochs_of(""))
         self._common = [*ledger.script_arguments, *prefixes, keys.done("")[:-1]]
 
@@ -222,10 +224,12 @@ class SlowLedger:
             b"" if brief and handover.again else item + job.model_dump_json().encode(),
         ]
 
-    async def refused(self, job: AddJob) -> None:
-        """Says that an add does not come to the slow lane: nobody waits for it any more."""
-        tag = self._keys.user_tag(job.scope.tenant, job.scope.user_id)
-        await self._refused(keys=self._script_keys, args=[*self._common, tag, job.id])
+    async def refused(self, job: AddJob | DeleteJob) -> None:
+        """Says that a write does not come to the slow lane: nobody waits for it any more."""
+        scope = job.scope
+        tag = self._keys.user_tag(scope.tenant, scope.user_id)
+        args = [*self._common, tag, job.id, scope.session_id or ""]
+        await self._refused(keys=self._script_keys, args=args)
 
     async def take(self, most: int, most_jobs: int) -> tuple[float | None, list[Turn]]:
         """Takes up to `most` users who are due, with the first of their jobs each.

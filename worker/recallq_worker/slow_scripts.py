@@ -9,14 +9,15 @@ from recallq_worker.ledger import REQUEUE
 
 # ARGV 1-4: push here (1/0), prefixes of queued sets, queues and batches; 5-9: prefixes of waiting,
 # pending, turns, epochs (where deletions leave their fences) and done. KEYS: delayed, held, what
-# the worker takes from (slow, or indexing), tokens, prefix of what is coming, slow, indexing.
+# the worker takes from (slow, or indexing), tokens, prefix of adds that are coming, slow, indexing,
+# prefix of deletes that are coming.
 # `pushed` is what could not be pushed here.
 _PRELUDE = (
     REQUEUE
     + """
 local here, queued, queues, batches = unpack(ARGV, 1, 4)
 local waiting, pending, turns, epochs, done = unpack(ARGV, 5, 9)
-local coming = KEYS[5]
+local coming, deleting = KEYS[5], KEYS[8]
 local delayed, held, slow = KEYS[1], KEYS[2], KEYS[3]
 local pushed = {}
 local WAIT_FOR_DELETE = 10000
@@ -48,21 +49,31 @@ local function drop(tag, job)
   redis.call('ZREM', waiting .. tag, job)
 end
 
+-- It is not on its way any more.
+local function come(tag, job, session)
+  redis.call('ZREM', coming .. tag, job)
+  redis.call('ZREM', deleting .. tag, job .. '|' .. session)
+end
+
 local function fence_of(tag, session)
   local whole = tonumber(redis.call('HGET', epochs .. tag, '*') or '0')
   return math.max(whole, tonumber(redis.call('HGET', epochs .. tag, 's:' .. session) or '0'))
 end
 
--- What came of the same add before, unless a deletion has come since. And whether one was submitted
--- since that has not come yet: it may be about to remove what came of it.
+-- What came of the same add before, unless a deletion has come since. And the epoch of one that was
+-- submitted since and has not come yet: it may be about to remove what came of it.
 local function known(tag, session, again)
   local before = again ~= '' and redis.call('GET', done .. tag .. ':' .. again)
   if not before then return nil end
   local epoch, outcome = string.match(before, '^(%d+) (.*)$')
   if tonumber(epoch) < fence_of(tag, session) then return nil end
-  local submitted, come = unpack(redis.call('HMGET', epochs .. tag, 'n', 'd'))
-  submitted, come = tonumber(submitted or '0'), tonumber(come or '0')
-  return outcome, tonumber(epoch) < submitted and come < submitted and submitted
+  local on_their_way = redis.call(
+    'ZRANGEBYSCORE', deleting .. tag, '(' .. epoch, '+inf', 'WITHSCORES')
+  for at = #on_their_way - 1, 1, -2 do
+    local whose = string.match(on_their_way[at], '|(.*)$')
+    if whose == '' or whose == session then return outcome, tonumber(on_their_way[at + 1]) end
+  end
+  return outcome
 end
 
 local function mine(tag, token)
@@ -117,7 +128,7 @@ local answered = false
 for at = 16, #ARGV, 10 do
   local index, job, tag, kind, score, epoch, session, wait, again, item = unpack(ARGV, at, at + 9)
   local outcome
-  redis.call('ZREM', coming .. tag, job)
+  come(tag, job, session)
   if redis.call('HEXISTS', batch, 'u' .. index) == 1 then
     answered = true
   elseif redis.call('HEXISTS', pending .. tag, job) == 0 then
@@ -125,9 +136,6 @@ for at = 16, #ARGV, 10 do
       if tonumber(epoch) < fence_of(tag, session) then outcome = FENCED end
       local before, unsettled = known(tag, session, again)
       if not unsettled then outcome = outcome or before end
-    elseif kind == 'd' then
-      local come = tonumber(redis.call('HGET', epochs .. tag, 'd') or '0')
-      redis.call('HSET', epochs .. tag, 'd', math.max(come, tonumber(epoch)))
     end
     if outcome then
       redis.call('HSET', batch, 'u' .. index, outcome)
@@ -404,10 +412,10 @@ return told
 """
 )
 
-# ARGV 10: tag; job ids. They do not come to the slow lane after all.
+# ARGV 10-12: tag, job id, session ("" for all). It does not come to the slow lane after all.
 REFUSED = (
     _PRELUDE
     + """
-redis.call('ZREM', coming .. ARGV[10], unpack(ARGV, 11))
+come(ARGV[10], ARGV[11], ARGV[12])
 """
 )
