@@ -122,12 +122,13 @@ class AddJob(Job):
             return f"k{key_digest(self.scope, self.idempotency_key)}"
         return self.origin
 
-    def record_id(self, index: int) -> str:
-        """The id of the record that holds message `index`: the same however often the job runs.
+    def record_ids(self) -> list[str]:
+        """The id of the record that holds each message: the same however often the job runs.
 
-        Ids of one job sort by index, so (order key, record id) orders a session's messages.
+        They sort by index, so (order key, record id) orders a session's messages.
         """
-        return f"{self.again or self.id}-{index:05x}"
+        prefix = self.again or self.id
+        return [f"{prefix}-{index:05x}" for index in range(len(self.messages))]
 
 
 class SearchJob(Job):

@@ -27,7 +27,6 @@ from pydantic import (
 
 from recallq.errors import ConfigurationError, InvalidInput
 from recallq.jsonable import MAX_DEPTH, why_not_json
-from recallq.models import made
 
 
 class ContentPart(BaseModel):
@@ -292,8 +291,6 @@ def returning(message_type: type[Any]) -> Callable[[dict[str, Any]], Any]:
     """
     if message_type is dict:
         return dict
-    if message_type is Message:
-        return _decode
     if isinstance(message_type, type) and issubclass(message_type, BaseModel):
         return message_type.model_validate
     from_dict = getattr(message_type, "from_dict", None)
@@ -302,25 +299,6 @@ def returning(message_type: type[Any]) -> Callable[[dict[str, Any]], Any]:
     raise ConfigurationError(
         f"message_type {message_type!r} is neither dict, a pydantic model, nor has from_dict()"
     )
-
-
-def _decode(stored: dict[str, Any]) -> Message:
-    """``Message.model_validate``, for the shape of most messages without what it costs."""
-    role, content = stored.get("role"), stored.get("content")
-    if len(stored) != 2 or not isinstance(role, str) or not content:
-        return Message.model_validate(stored)
-    if isinstance(content, list):
-        [part, *more] = content
-        if more or not isinstance(part, dict) or part.keys() != {"type", "text"}:
-            return Message.model_validate(stored)
-        if part["type"] != "text" or not isinstance(part["text"], str):
-            return Message.model_validate(stored)
-        content = [made(TextPart, type="text", text=part["text"])]
-    elif not isinstance(content, str):
-        return Message.model_validate(stored)
-    message = made(Message, role=role, type="message", content=content)
-    message.__pydantic_fields_set__.discard("type")
-    return message
 
 
 # --- text ---------------------------------------------------------------------------------------

@@ -133,8 +133,11 @@ class Requests:
         if threshold is not None and not _is_number(threshold):
             raise InvalidInput(f"score_threshold must be a number, not {_short(threshold)}")
         scope = self._scope(user_id, given.get("session_id"))
-        query = to_messages(messages)
-        text = query[-1].text if query else ""
+        if isinstance(messages, str):
+            text = messages
+        else:
+            query = to_messages(messages)
+            text = query[-1].text if query else ""
         _check_text("the query", text)
         limit = self._settings.max_message_bytes
         if len(text) > limit or len(text.encode()) > limit:

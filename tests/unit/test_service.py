@@ -239,9 +239,9 @@ async def test_adds_of_a_batch_go_to_the_store_together(store: Counting) -> None
     assert store.calls == [("add", ("ann", "ann", "bob", "ann"))]
     assert states(outcomes) == ["succeeded"] * 3
     assert [outcome.result for outcome in outcomes] == [
-        {"record_ids": [jobs[0].record_id(0), jobs[0].record_id(1)], "added": 2},
-        {"record_ids": [jobs[1].record_id(0)], "added": 1},
-        {"record_ids": [jobs[2].record_id(0)], "added": 1},
+        {"record_ids": jobs[0].record_ids(), "added": 2},
+        {"record_ids": jobs[1].record_ids(), "added": 1},
+        {"record_ids": jobs[2].record_ids(), "added": 1},
     ]
     assert await stored(store) == ["one", "two", "four"]
     assert await stored(store, "bob") == ["three"]
@@ -294,7 +294,7 @@ async def test_lists_and_searches_return_what_clients_read(store: Counting) -> N
     assert [len(page) for page in pages] == [2, 0]
     first = StoredMessage.model_validate(pages[0][0])
     assert first.message == {"role": "user", "content": "green tea"}
-    assert (first.session_id, first.record_id) == ("s", job.record_id(0))
+    assert (first.session_id, first.record_id) == ("s", job.record_ids()[0])
     submitted = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=job.order)
     assert first.created_at == submitted
     [outcome] = await run(service, searches(searching("tea")))

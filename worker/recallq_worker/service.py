@@ -48,6 +48,7 @@ from recallq.errors import (
     WrongBackend,
     from_wire,
 )
+from recallq.models import made
 from recallq_worker.backends.base import (
     Added,
     MemoryExtractor,
@@ -558,4 +559,4 @@ def _stored(record: Record) -> dict[str, Any]:
 
 
 def _succeeded(result: dict[str, Any]) -> Outcome:
-    return Outcome.model_construct(state=JobState.SUCCEEDED, result=result, error=None)
+    return made(Outcome, state=JobState.SUCCEEDED, result=result, error=None, operation=None)

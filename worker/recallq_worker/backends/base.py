@@ -148,9 +148,9 @@ def takes_second_step(backend: object) -> TypeGuard[IndexedStore]:
 # --- extractors ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Submission:
-    """The messages of one add, whose memories are to be extracted."""
+    """The messages of one add. Nobody changes one, as with records."""
 
     job_id: str
     scope: Scope
@@ -171,13 +171,15 @@ class Submission:
     def of(cls, job: AddJob, epoch: int) -> Self:
         """What a job submits."""
         scope = job.scope
+        if not scope.session_id:
+            scope = Scope(scope.tenant, scope.user_id, DEFAULT_SESSION)
         return cls(
             job_id=job.id,
-            scope=Scope(scope.tenant, scope.user_id, scope.session_id or DEFAULT_SESSION),
+            scope=scope,
             order=job.order,
             epoch=epoch,
             messages=job.messages,
-            record_ids=[job.record_id(index) for index in range(len(job.messages))],
+            record_ids=job.record_ids(),
             infer=job.infer,
             fixed=job.idempotency_key is None,
         )

@@ -18,6 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,23 @@ class SegmentPart(Part):
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a term weighs among messages that are in no segment, with their neighbours' share."""
+
+    answers: Array
+    """bool, of each message: whether the term occurs in it."""
+    count: int
+    """In how many it does."""
+    weights: Array
+    """f64, of each message."""
+
+
+_NOWHERE = Around(np.zeros(0, dtype=bool), 0, np.zeros(0))
+_REMEMBERED_TERMS = 64
+"""Terms of which a part remembers what they weigh in it: a user's searches are about few things."""
+
+
 class EntriesPart(Part):
     """Messages that are in no segment yet."""
 
@@ -101,11 +119,36 @@ class EntriesPart(Part):
         self._terms = messages.terms[by_term]
         self._numbers = places[messages.numbers[by_term]]
         self._weights = messages.weights[by_term]
+        self._near: tuple[Array, Array] | None = None
+        self._around: dict[int, Around] = {}
 
     @property
-    def terms(self) -> int:
-        """How many the messages have together."""
-        return len(self._terms)
+    def bytes(self) -> int:
+        """What it takes of memory at most, about, besides the ids."""
+        return len(self._terms) * 15 + self.size * (2 * _OFFSETS.size * 8 + _REMEMBERED_TERMS * 9)
+
+    def around(self, term: int) -> Around:
+        """What a term weighs in each message. Takes a while for many messages."""
+        known = self._around.get(term)
+        if known is not None:
+            return known
+        found = self.postings(term)
+        if found is None:
+            return _NOWHERE
+        if self._near is None:
+            self._near = _near(self.starts, self.size, np.arange(self.size))
+        near, shares = self._near
+        places, values = found
+        weights = np.zeros(self.size, dtype="u1")
+        weights[places] = values
+        answers = np.zeros(self.size, dtype=bool)
+        answers[places] = True
+        heaviest = np.maximum.reduce(weights[near] * shares, axis=0)
+        if len(self._around) >= _REMEMBERED_TERMS:
+            self._around.clear()
+        around = Around(answers, len(places), heaviest.astype(np.float64))
+        self._around[term] = around
+        return around
 
     def postings(self, term: int) -> tuple[Array, Array] | None:
         first = int(self._terms.searchsorted(np.uint32(term)))
@@ -171,6 +214,9 @@ def rank(
     `parts` are from old to new, and `total` is the number of the user's messages. Says of each term
     in how many messages it occurs. Raises `DamagedIndex`.
     """
+    few = _few(parts, terms)
+    if few is not None:
+        return _rank_entries(few, terms, total, session_id)
     bases = _bases(parts)
     own = np.zeros(bases[-1], dtype=np.float32)
     weights = np.zeros((len(terms), bases[-1]), dtype="u1")
@@ -181,7 +227,7 @@ def rank(
         term.count = len(places)
         if term.kind is Kind.WHOLE and not term.count:
             continue  # its words speak for it
-        rarity = math.log(1 + max(total - term.count, 0.5) / (term.count + 0.5))
+        rarity = _rarity(term.count, total)
         possible += rarity
         if term.count:
             own[places] += np.float32(rarity) * values
@@ -199,6 +245,42 @@ def rank(
     # Row by row, so that equal messages have equal scores.
     ranked = np.add.reduce(scores, axis=0) / (possible * FULL)
     return Ranked(parts, ranked.round(_DIGITS), candidates, complete=complete)
+
+
+def _few(parts: Sequence[Part], terms: Sequence[QueryTerm]) -> EntriesPart | None:
+    """The only part, if it has few messages and whole words alone are looked for."""
+    if len(parts) != 1 or not isinstance(parts[0], EntriesPart) or parts[0].size > _ALL:
+        return None
+    return None if any(term.parts for term in terms) else parts[0]
+
+
+def _rank_entries(
+    part: EntriesPart, terms: Sequence[QueryTerm], total: int, session_id: str | None
+) -> Ranked:
+    """The same, where there are few messages: what each term weighs is remembered."""
+    answers = np.zeros(part.size, dtype=bool)
+    scores = np.zeros(part.size)
+    possible = 0.0
+    for term in terms:
+        around = part.around(term.term)
+        term.count = around.count
+        if term.kind is Kind.WHOLE and not term.count:
+            continue
+        rarity = _rarity(term.count, total)
+        possible += rarity
+        if term.count:
+            answers |= around.answers
+            scores += rarity * around.weights
+    candidates = answers.nonzero()[0]
+    if session_id is not None:
+        candidates = _of_session([part], [0], candidates, session_digest(session_id))
+    if not len(candidates):
+        return Ranked([], np.empty(0), candidates)
+    return Ranked([part], (scores[candidates] / (possible * FULL)).round(_DIGITS), candidates)
+
+
+def _rarity(count: int, total: int) -> float:
+    return math.log(1 + max(total - count, 0.5) / (count + 0.5))
 
 
 def _bases(parts: Sequence[Part]) -> list[int]:
@@ -259,15 +341,19 @@ def _with_neighbours(
     parts: Sequence[Part], bases: Sequence[int], candidates: Array, weights: Array
 ) -> Array:
     """Of each term, a row of `weights`, what it weighs for candidates and their neighbours."""
-    starts = _joined([part.starts for part in parts], bases)
+    near, shares = _near(_joined([part.starts for part in parts], bases), bases[-1], candidates)
+    heaviest: Array = np.maximum.reduce(weights[:, near] * shares, axis=1)
+    return heaviest.astype(np.float64)
+
+
+def _near(starts: Array, size: int, candidates: Array) -> tuple[Array, Array]:
+    """Of each candidate its own place and those of its neighbours, and their shares."""
     which = starts.searchsorted(candidates, side="right")
-    ends = np.append(starts[1:], bases[-1])
+    ends = np.append(starts[1:], size)
     near = candidates + _OFFSETS
     same = (near >= starts[which - 1]) & (near < ends[which - 1])
-    near *= same  # what is of another session has no share, wherever it is
-    there = weights[:, near] * (same * _SHARES)
-    heaviest: Array = np.maximum.reduce(there, axis=1)
-    return heaviest.astype(np.float64)
+    # What is of another session has no share, wherever it is.
+    return near * same, same * _SHARES
 
 
 def _joined(arrays: Sequence[Array], bases: Sequence[int]) -> Array:

@@ -19,8 +19,6 @@ _SEGMENTS_BYTES = 24 << 20
 _EACH = 200
 """Bytes, roughly, of an entry besides its text."""
 _PARTS_BYTES = 128 << 20
-_TERM = 15
-"""Bytes of a term of an entry, about."""
 _LARGEST_RECORD = 2048
 """Bytes of the value of a record that is kept; it takes some three times as many."""
 
@@ -38,7 +36,7 @@ class Entered(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes, at most about, with all records: it does not change while they are read."""
-        return (1 + len(self.entries)) * (_EACH + 3 * _LARGEST_RECORD) + self.part.terms * _TERM
+        return (1 + len(self.entries)) * (_EACH + 3 * _LARGEST_RECORD) + self.part.bytes
 
 
 class Remembered:

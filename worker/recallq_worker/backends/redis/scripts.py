@@ -94,14 +94,16 @@ local function add_all_of_a_user()
   local names, places = at + 4, key + 7
   at, key = at + 4 + 2 * count, key + 7 + count
 
-  local fence, fences = tonumber(redis.call('HGET', KEYS[places - 3], '*') or '0'), {}
+  local fences = {}
   for first = 1, count, 1000 do
-    local fields = {}
+    local fields = {'*'}
     for i = first, math.min(first + 999, count) do
       fields[#fields + 1] = 's:' .. ARGV[names - 1 + 2 * i]
     end
-    for _, own in ipairs(redis.call('HMGET', KEYS[places - 3], unpack(fields))) do
-      fences[#fences + 1] = math.max(fence, tonumber(own or '0'))
+    local found = redis.call('HMGET', KEYS[places - 3], unpack(fields))
+    local fence = tonumber(found[1] or '0')
+    for i = 2, #found do
+      fences[#fences + 1] = found[i] and math.max(fence, tonumber(found[i])) or fence
     end
   end
 
@@ -124,10 +126,12 @@ local function add_all_of_a_user()
   for n = 1, adds do
     local i, id, place = tonumber(ARGV[at + 1]), ARGV[at + 2], ARGV[at + 3]
     local epoch, flag = tonumber(ARGV[at + 4]), 'f'
-    local value = redis.call('HGET', records, id)
-    if not value and epoch >= fences[i] then
+    local live, value = epoch >= fences[i], false
+    if not live or redis.call('ZADD', order, 'NX', place, id) == 0 then
+      value = redis.call('HGET', records, id)
+    end
+    if not value and live then
       -- The record last: should a command be refused, adding it again finds it missing.
-      redis.call('ZADD', order, place, id)
       redis.call('ZADD', KEYS[places + i], place, id)
       if removed > 0 and redis.call('HEXISTS', gone, id) == 1 then
         -- It was there before, with another text perhaps, and segments may still know that.
@@ -156,7 +160,7 @@ local function add_all_of_a_user()
   end
 
   for i in pairs(touched) do
-    redis.call('HSET', sessions, ARGV[names - 1 + 2 * i], ARGV[names + 2 * i])
+    redis.call('HSETNX', sessions, ARGV[names - 1 + 2 * i], ARGV[names + 2 * i])
     if most > 0 then
       local excess = redis.call('ZCARD', KEYS[places + i]) - most
       while excess > 0 do
@@ -197,10 +201,10 @@ local function add_all_of_a_user()
   end
   if next(touched) then
     if of_use then redis.call('HSET', index, 'n', newest_id) end
-    local all = {}
-    for i in pairs(touched) do all[#all + 1] = KEYS[places + i] end
     -- Another worker, or this one before, may have been told to let memories expire.
+    local all = {}
     if ttl > 0 or redis.call('PTTL', order) >= 0 then
+      for i in pairs(touched) do all[#all + 1] = KEYS[places + i] end
       for _, each in ipairs({records, order, sessions, index, entries, gone}) do
         all[#all + 1] = each
       end

@@ -15,7 +15,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from recallq.contract import Health, Scope
@@ -63,16 +63,27 @@ _ADDED_TOGETHER = 100
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
 class _UserAdd:
     """The records of one user in one call, and where they stand in it."""
 
-    base: str
-    """How the user's keys begin."""
-    records: list[Record] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    sessions: dict[str, int] = field(default_factory=dict)
-    """Session id -> its number, from 1."""
+    __slots__ = ("base", "positions", "records", "sessions")
+
+    def __init__(self, base: str) -> None:
+        """`base` is how the user's keys begin."""
+        self.base = base
+        self.records: list[Record] = []
+        self.positions: list[int] = []
+        self.sessions: dict[str, int] = {}
+        """Session id -> its number, from 1."""
+
+
+@lru_cache(maxsize=4096)
+def _keys_to_add(base: str) -> tuple[list[str], str, str]:
+    """A user's keys as the script takes them, and the prefixes of those of sessions and of
+    segments."""
+    own = IndexKeys(base)
+    keys = [own.records, own.order, f"{base}:x", f"{base}:f", *own.own]
+    return keys, f"{base}:s:", own.segments
 
 
 class RedisStore:
@@ -190,14 +201,13 @@ class RedisStore:
             VERSION,
         ]
         for user in users:
-            base, sessions = user.base, user.sessions
-            suffixes = [escape(session) for session in sessions]
-            own = IndexKeys(base)
-            prefix = f"{base}:s:"
-            keys += (own.records, own.order, f"{base}:x", f"{base}:f", *own.own)
-            keys += [prefix + suffix for suffix in suffixes]
-            args += (prefix, own.segments, len(suffixes), len(user.records))
-            for session, suffix in zip(sessions, suffixes, strict=True):
+            sessions = user.sessions
+            own, prefix, segments = _keys_to_add(user.base)
+            keys += own
+            args += (prefix, segments, len(sessions), len(user.records))
+            for session in sessions:
+                suffix = escape(session)
+                keys.append(prefix + suffix)
                 args += (session, suffix)
             for record in user.records:
                 args += (
