@@ -219,10 +219,11 @@ class Requests:
 
     def is_early(self, wait: Wait | None) -> bool:
         """Whether a caller waits only until messages are stored. None leaves it to the settings."""
-        known = get_args(Wait)
-        if wait is not None and wait not in known:
+        if wait is None:
+            wait = self._settings.wait
+        elif wait not in (known := get_args(Wait)):
             raise InvalidInput(f"wait must be one of {', '.join(known)}, not {_short(wait)}")
-        return (wait or self._settings.wait) == "stored"
+        return wait == "stored"
 
     @staticmethod
     def _lane(lane: Lane | str | None) -> Lane:

@@ -7,6 +7,7 @@ next to it.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -171,6 +172,16 @@ def _open(celery: Celery, concurrency: int) -> None:
         step_back = 0 if Lane.LIVE in consumed else _STEP_BACK
     os.nice(step_back)  # before the threads are there, which inherit it
     runtime.start(settings, lanes=consumed, concurrency=concurrency, on_lost=_give_up)
+    _collect_less_often()
+
+
+def _collect_less_often() -> None:
+    """Spares the garbage collector what is here for good, and lets it look at the rest more rarely:
+    a batch makes thousands of objects that go as soon as it is answered, and hardly a cycle. It is
+    a tenth of what a search costs."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def _forks(worker: Any) -> bool:

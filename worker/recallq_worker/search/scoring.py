@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -196,6 +197,9 @@ class Ranked:
         if len(scores) > count:
             scores = scores[: int(np.count_nonzero(scores >= scores[count - 1]))]
         places = self._places[first : first + len(scores)]
+        if len(self._parts) == 1:
+            yield from zip(map(partial(Place, 0), places.tolist()), scores.tolist(), strict=True)
+            return
         for place, score in zip(places.tolist(), scores.tolist(), strict=True):
             part = bisect_right(self._bases, place) - 1
             yield Place(part, place - self._bases[part]), score
