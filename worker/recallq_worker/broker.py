@@ -34,10 +34,11 @@ from typing import Any
 import orjson
 from celery import current_app
 from celery.states import SUCCESS
+from kombu import serialization
 from kombu import transport as transports
 from kombu.exceptions import ContentDisallowed, OperationalError
 from kombu.transport import redis, virtual
-from kombu.utils.json import loads
+from kombu.utils.json import dumps, loads
 
 from recallq.contract import BatchResult
 from recallq.envelope import LISTED
@@ -47,19 +48,21 @@ from recallq_worker import runtime
 
 log = logging.getLogger(__name__)
 
-_TYPED = '"__type__"'
+_TYPED = b'"__type__"'
 
 _SAFE_TO_QUOTE = (JSONDecodeError, UnicodeDecodeError, Base64Error, ContentDisallowed)
 """Errors whose text never holds what users wrote."""
 
 
 def install() -> None:
-    """Makes Redis URLs mean this transport, in this process.
+    """Makes Redis URLs mean this transport, in this process, and lets it read JSON quickly: kombu
+    and Celery do that three times for each message.
 
     Celery's ``broker_transport`` cannot: a ``redis+socket://`` URL overrides it.
     """
     for scheme in ("redis", "rediss"):
         transports.TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
+    serialization.register("json", dumps, _loads, "application/json", "utf-8")
 
 
 def explain(error: BaseException) -> str:
@@ -89,13 +92,6 @@ class Message(virtual.Message):
             super().__init__(payload, channel=channel, **options)
         except Exception as error:
             raise Undecodable(f"its body cannot be read: {explain(error)}", batch_id) from error
-
-    def _decode(self) -> Any:
-        accepted = self.accept is None or self.content_type in self.accept
-        if self.content_type == "application/json" and accepted and isinstance(self.body, str):
-            with suppress(ValueError):
-                return _plain(self.body)
-        return super()._decode()
 
     # Settled once, a message stays so. One that went back to its queue with a lost connection may
     # have been on its way into the pool; it is run here, or there, and acknowledged again.
@@ -318,18 +314,15 @@ class Transport(redis.Transport):
 
 def _parse(raw: bytes) -> Any:
     try:
-        text = raw.decode()
-        try:
-            return _plain(text)
-        except ValueError:
-            return loads(text)
+        return _loads(raw)
     except Exception as error:
         raise Undecodable(f"not JSON: {explain(error)}") from error
 
 
-def _plain(text: str) -> Any:
-    """What JSON says, in a fifth of the time that kombu takes. Raises ValueError for what only
-    kombu may be able to read: a date in its own way of writing one, or what is not quite JSON."""
-    if _TYPED in text:
-        raise ValueError
-    return orjson.loads(text)
+def _loads(data: str | bytes) -> Any:
+    """What kombu reads in JSON, in a fifth of the time."""
+    data = data.encode() if isinstance(data, str) else bytes(data)
+    if _TYPED not in data:  # a date, say, in kombu's own way of writing one
+        with suppress(ValueError):  # what is not quite JSON, which kombu may read all the same
+            return orjson.loads(data)
+    return loads(data)
