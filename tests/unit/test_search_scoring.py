@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from recallq.contract import Scope
 from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.in_memory import InMemoryStore
-from recallq_worker.search import upkeep
+from recallq_worker.search import scoring, upkeep
+from recallq_worker.search.entries import entries_of
 from recallq_worker.search.finder import Wanted, find
 from recallq_worker.search.in_memory import MemoryIndex
+from recallq_worker.search.scoring import EntriesPart, Place, rank
 from recallq_worker.search.segments import decode
 from recallq_worker.search.terms import query_terms
 from tests.indexing import analyze
@@ -651,3 +653,51 @@ async def test_many_messages_are_in_few_segments() -> None:
     assert len(index._segments) <= 12
     assert len(index._entries) < upkeep.ENTRIES
     assert len(index) == 5000
+
+
+# --- where all is in entries --------------------------------------------------------------------
+
+_WORDS = ["green", "tea", "black", "coffee", "milk", "sugar", "cup", "pot"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.sampled_from(_WORDS), max_size=6)),
+             min_size=1, max_size=40),
+    st.lists(st.sampled_from(_WORDS), min_size=1, max_size=4),
+    st.sampled_from([None, "a", "z"]),
+)  # fmt: skip
+@settings(deadline=None)
+def test_what_is_remembered_of_terms_ranks_as_what_is_reckoned(
+    told: list[tuple[str, list[str]]], query: list[str], session: str | None
+) -> None:
+    entries = {
+        f"r{number:03}".encode(): entry
+        for number, (entry, _) in enumerate(
+            entries_of(
+                [session_id for session_id, _ in told],
+                list(range(len(told))),
+                [{"content": " ".join(words)} for _, words in told],
+            )
+        )
+    }
+    part = EntriesPart(entries)
+
+    def ranked(most: int) -> tuple[list[tuple[Place, float]], list[int]]:
+        terms = query_terms(" ".join(query))
+        found = rank([part], terms, total=len(told), session_id=session, most=most)
+        return list(found.portion(0, most)), [term.count for term in terms]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_ALL", 0)  # nothing is few
+        reckoned = ranked(50)
+    assert ranked(50) == reckoned
+    assert ranked(50) == reckoned  # from memory
+
+
+def test_no_more_is_remembered_than_is_said() -> None:
+    many = [f"word{number}" for number in range(200)]
+    ((entry, _),) = entries_of(["s"], [1], [{"content": " ".join(many)}])
+    part = EntriesPart({b"r": entry})
+    for word in many:
+        rank([part], query_terms(word), total=1, session_id=None, most=1)
+    assert 0 < len(part._around) <= scoring._REMEMBERED_TERMS
