@@ -181,7 +181,7 @@ def _collect_less_often() -> None:
     a tenth of what a search costs."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(10_000, 10, 10)
 
 
 def _forks(worker: Any) -> bool:
