@@ -46,6 +46,8 @@ class Keys:
         self.batch_prefix = f"{namespace}:batch:"
         self.outstanding = f"{namespace}:outstanding"
         """Hash: lane -> jobs accepted and not settled."""
+        self.totals = f"{namespace}:totals"
+        """Hash: ``accepted:<lane>`` and ``settled:<lane>`` -> jobs, ever since."""
         self.slow = f"{namespace}:slow"
         """Sorted set: hash tags of the users for whom writes wait in the slow lane, by the time
         (ms) at which a worker may take one up; of those taken up, by the end of the lease."""

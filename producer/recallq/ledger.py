@@ -47,8 +47,8 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 """Lua: `now` in milliseconds."""
 
-# KEYS: batch, queued, outstanding, queue, result, clock, whether memories are extracted, then the
-#       epoch hash of each user and the set of the user's adds, or deletes, that are on their way.
+# KEYS: batch, queued, outstanding, queue, result, clock, whether memories are extracted, totals,
+#       then of each user the epoch hash and the set of adds, or deletes, that are on their way.
 # ARGV: batch id, lane, jobs, high-water mark, operation, message, enqueue here (1/0),
 #       "1,1,2": the user of each job, "3,3,0": the jobs' epochs where they are known already,
 #       of deletes with idempotency keys "d1,,d3": each job's, seconds to remember these,
@@ -73,7 +73,7 @@ if epochs == '' then
   local each, digests = {}, {}
   for digest in string.gmatch(ARGV[10], '([^,]*),') do digests[#digests + 1] = digest end
   for user in string.gmatch(ARGV[8], '%d+') do
-    local key = KEYS[6 + 2 * tonumber(user)]
+    local key = KEYS[7 + 2 * tonumber(user)]
     local last = tonumber(redis.call('HGET', key, 'n') or '0')
     if ARGV[5] == 'delete' then
       local digest = digests[#each + 1] or ''
@@ -94,7 +94,7 @@ if (delete or ARGV[12] ~= '') and redis.call('EXISTS', KEYS[7]) == 1 then
   local index, users = 0, {}
   for user in string.gmatch(ARGV[8], '%d+') do users[#users + 1] = tonumber(user) end
   for place in string.gmatch(delete and epochs or ARGV[12], '%d+') do
-    local coming = KEYS[7 + 2 * users[index + 1]]
+    local coming = KEYS[8 + 2 * users[index + 1]]
     local session = delete and '|' .. ARGV[13 + index] or ''
     redis.call('ZADD', coming, place, ARGV[1] .. '-' .. index .. session)
     redis.call('EXPIRE', coming, 3600)
@@ -105,6 +105,7 @@ redis.call('HSET', KEYS[1], 's', 'queued', 'l', ARGV[2], 'n', ARGV[3],
            'e', epochs, 'm', ARGV[6], 't', now)
 redis.call('ZADD', KEYS[2], now, ARGV[1])
 redis.call('HINCRBY', KEYS[3], ARGV[2], ARGV[3])
+redis.call('HINCRBY', KEYS[8], 'accepted:' .. ARGV[2], ARGV[3])
 if ARGV[7] == '1' then redis.call('LPUSH', KEYS[4], ARGV[6]) end
 return {1, outstanding}
 """
@@ -178,6 +179,7 @@ class ProducerLedger:
                 self._keys.result(batch.id),
                 self._keys.clock,
                 self._keys.extracts,
+                self._keys.totals,
                 *(key for tag in users for key in self._of_user(tag, batch.operation)),
             ],
             args=[

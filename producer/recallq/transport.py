@@ -43,6 +43,7 @@ from recallq.errors import (
     UndecodableJob,
     to_wire,
 )
+from recallq.fleet import FleetState, look
 from recallq.keys import Keys
 from recallq.ledger import LedgerEntry, ProducerLedger
 from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
@@ -238,12 +239,10 @@ class Transport:
         async with asking(self._settings.coordination_url, "cannot count the jobs"):
             return await self.ledger.outstanding()
 
-    async def in_slow_lane(self) -> int:
-        """Users whose memories are extracted, and batches that are made searchable, or that wait
-        for it."""
-        async with asking(self._settings.coordination_url, "cannot look into the slow lane"):
-            users = await self._coordination.zcard(self.keys.slow)
-            return int(users + await self._coordination.zcard(self.keys.indexing))
+    async def fleet(self) -> FleetState:
+        """How lanes and workers stand."""
+        async with asking(self._settings.coordination_url, "cannot look at the fleet"):
+            return await look(self._coordination, self.keys)
 
     def asking(
         self, doing: str, timeout: float = COMMAND_TIMEOUT

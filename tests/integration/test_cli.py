@@ -144,7 +144,14 @@ class TestUp:
         assert "tea" in bare("list", "u", "--url", url).stdout
         status = json.loads(bare("status", "--json").stdout)
         assert [each["backend"] for each in status["workers"]] == ["redis"]
-        assert status["lanes"]["live"] == {"outstanding": 0, "workers": 1}
+        assert status["lanes"]["live"] == {
+            "outstanding": 0,
+            "queued_batches": 0,
+            "oldest": None,
+            "accepted": 3,
+            "settled": 3,
+            "workers": 1,
+        }
         assert "worker" in bare("status").stdout
         doctor = json.loads(bare("doctor", "--json").stdout)
         assert doctor["healthy"], doctor
@@ -154,6 +161,40 @@ class TestUp:
         process.communicate(timeout=60)
         assert process.returncode == 0
         assert "recallq up" in one_line(bare("status", code=1))
+
+    def test_status_is_watched_until_ctrl_c(
+        self, bare: Shell, up: tuple[subprocess.Popen[str], str]
+    ) -> None:
+        process, _ = up
+        watching = bare.start("status", "--watch", "--json", "--every", "0.2")
+        assert watching.stdout is not None
+        lanes = json.loads(watching.stdout.readline())["lanes"]
+        assert lanes["live"]["accepted"] == 0
+        bare("add", "u", "tea")
+        while json.loads(watching.stdout.readline())["lanes"]["live"]["settled"] == 0:
+            pass
+        process.send_signal(signal.SIGINT)  # the service stops, and may come back
+        while "error" not in json.loads(watching.stdout.readline()):
+            pass
+        watching.send_signal(signal.SIGINT)
+        _, said = watching.communicate(timeout=60)
+        assert (watching.returncode, said) == (0, "")
+
+    def test_status_on_a_terminal(self, bare: Shell, up: tuple[subprocess.Popen[str], str]) -> None:
+        ours, theirs = pty.openpty()
+        environment = bare.environment | {"TERM": "xterm-256color", "LINES": "40"}
+        watching = subprocess.Popen(
+            [RECALLQ, "status", "-w", "--every", "0.2"],
+            env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        )  # fmt: skip
+        os.close(theirs)
+        seen = b""
+        while seen.count(b"settled/s") < 3 or b"dead letters: 0" not in seen:
+            seen += os.read(ours, 4096)
+        assert b"\x1b[" in seen  # drawn in place
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(60) == 0
+        os.close(ours)
 
     def test_a_worker_that_dies_is_replaced(
         self, bare: Shell, up: tuple[subprocess.Popen[str], str]

@@ -22,9 +22,9 @@ from recallq.keys import Keys
 from recallq.redis_client import LOST
 from recallq_worker import settings as worker_settings
 
-# KEYS: batch, held, delayed, outstanding. ARGV: batch id, prefix of the queued sets.
+# KEYS: batch, held, delayed, outstanding, totals. ARGV: batch id, prefix of the queued sets.
 _SETTLE = """
-local function settle(batch, held, delayed, outstanding, id, queued)
+local function settle(batch, held, delayed, outstanding, totals, id, queued)
   local lane, jobs, gone = unpack(redis.call('HMGET', batch, 'l', 'n', 'x'))
   if lane then
     redis.call('DEL', batch)
@@ -36,11 +36,12 @@ local function settle(batch, held, delayed, outstanding, id, queued)
     if redis.call('HINCRBY', outstanding, lane, left) <= 0 then
       redis.call('HDEL', outstanding, lane)
     end
+    redis.call('HINCRBY', totals, 'settled:' .. lane, jobs)
   end
 end
 """
 
-# KEYS: result, batch, held, delayed, outstanding.
+# KEYS: result, batch, held, delayed, outstanding, totals.
 # ARGV: batch id, prefix of the queued sets, result, seconds to keep it, channel, announcement,
 #       final (1/0), settle here (1/0).
 # A final result stays as it is: a batch that two workers ran, because one was taken for dead, is
@@ -67,7 +68,7 @@ elseif ARGV[7] == '0' then
   return
 end
 if ARGV[7] == '1' and ARGV[8] == '1' then
-  settle(KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[2])
+  settle(KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], ARGV[1], ARGV[2])
 end
 """
 )
@@ -76,8 +77,8 @@ end
 # once more, after a lost reply: where results are kept elsewhere, this tells that it was answered.
 # Never in place of a result: the two may be one server by two names.
 _SETTLE += """
-settle(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1], ARGV[2])
-redis.call('SET', KEYS[5], 'elsewhere', 'EX', 300, 'NX')
+settle(KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[2])
+redis.call('SET', KEYS[6], 'elsewhere', 'EX', 300, 'NX')
 """
 
 
@@ -143,7 +144,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
 
     def _store_and_settle(self, task_id: str, stored: bytes, final: bool) -> None:
         keys = self._keys
-        ledger = [keys.batch(task_id), keys.held, keys.delayed, keys.outstanding]
+        ledger = [keys.batch(task_id), keys.held, keys.delayed, keys.outstanding, keys.totals]
         whose = (task_id, keys.queued_prefix)
         channel = keys.reply_channel(client_of(task_id))
         news = task_id.encode() + b"\n" + stored

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from recallq.cli import dead, memory, service, status
+from recallq.cli import dead, doctor, memory, service, status
 from recallq.cli.demo import demo
 from recallq.cli.evaluate import evaluate_command
 from recallq.cli.import_tablestore import import_tablestore
@@ -32,7 +32,7 @@ app.command("ingest")(ingest_command)
 app.command("import-tablestore")(import_tablestore)
 app.add_typer(dead.app, name="dead", no_args_is_help=True)
 app.command("status")(status.status)
-app.command("doctor")(status.doctor)
+app.command("doctor")(doctor.doctor)
 app.command("eval")(evaluate_command)
 app.command("reindex")(service.reindex)
 app.command("backends")(service.backends)

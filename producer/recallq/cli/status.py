@@ -1,235 +1,195 @@
-"""``recallq status | doctor``: what the service is doing, and what ails it."""
+"""``recallq status``: lanes, workers and what went wrong, once or for as long as somebody looks."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any
+import time
+from collections import deque
+from typing import Annotated, Any
 
 import orjson
-from redis import exceptions as redis_exceptions
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
-from recallq.cli.connection import UrlOption, connect_existing, existing_url
+from recallq.cli.connection import UrlOption, connect_existing
 from recallq.cli.memory import JsonOption
-from recallq.cli.runner import run
-from recallq.client import MemoryClient
-from recallq.contract import Lane
-from recallq.errors import JobTimeout, RecallQError
-from recallq.redis_client import RedisClient, asking, connect, redact
-from recallq.settings import ClientSettings
-from recallq.workers import WorkerInfo
+from recallq.cli.runner import guarded
+from recallq.errors import ServiceUnavailable
+from recallq.fleet import FleetState, LaneState
 
-_OLDEST_REDIS = (6, 2)
-_PATIENCE = 10.0
-"""Seconds that doctor waits for a worker's answer."""
+_RATES_OVER = 5.0
+"""Seconds that rates are taken over, at least."""
+_STALE = 30.0
+"""Seconds after which a batch that nobody has begun is a sign that workers are missing."""
 
 
-def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
+def status(
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Go on looking, until Ctrl-C.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+) -> None:
     """Show lanes, workers and dead letters."""
+    if not watch:
+        guarded(lambda: asyncio.run(_look_once(url, as_json=as_json)))
+        return
 
-    async def work() -> None:
-        async with connect_existing(url) as client:
-            outstanding = await client.transport.outstanding()
-            workers = await client.workers()
-            dead = await client.dead_letters.count()
-            waiting = await client.transport.in_slow_lane()
-        if as_json:
-            report = {
-                "lanes": {
-                    lane.value: {
-                        "outstanding": outstanding[lane],
-                        "workers": sum(lane in each.lanes for each in workers),
-                    }
-                    for lane in Lane
-                },
-                "workers": [each.model_dump(mode="json") for each in workers],
-                "dead_letters": dead,
-                "in_slow_lane": waiting,
-            }
-            sys.stdout.write(orjson.dumps(report).decode() + "\n")
-            return
-        print("lane    outstanding jobs   workers")
-        for lane in Lane:
-            count = sum(lane in each.lanes for each in workers)
-            print(f"{lane.value:<8}{outstanding[lane]:>16,}{count:>10}")
-        print(f"\ndead letters: {dead:,}")
-        if waiting:
-            print(f"in the slow lane: {waiting:,}")
-        if not workers:
-            print("no worker is running; start one with 'recallq worker'")
-        for each in workers:
-            lanes = ", ".join(each.lanes)
-            print(
-                f"worker {each.id}: backend {each.backend}, lanes {lanes}, version {each.version}"
-            )
+    def look_on() -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
+            asyncio.run(_look_on(url, every, as_json=as_json))
 
-    run(work())
+    guarded(look_on)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that doctor looked at."""
-
-    check: str
-    state: str
-    """``ok``, ``warning`` or ``failed``."""
-    detail: str
-    advice: str = ""
-
-
-def doctor(url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Check Redis, the result backend, the workers and the memory backend."""
-    findings = run(_examine(url))
-    healthy = all(each.state != "failed" for each in findings)
+async def _look_once(url: str | None, *, as_json: bool) -> None:
+    async with connect_existing(url) as client:
+        state = await client.transport.fleet()
     if as_json:
-        report = {"healthy": healthy, "checks": [asdict(each) for each in findings]}
-        sys.stdout.write(orjson.dumps(report).decode() + "\n")
+        _write(_report(state))
     else:
-        for each in findings:
-            print(f"{each.state:<9}{each.check}: {each.detail}")
-            if each.advice:
-                print(f"{'':<9}-> {each.advice}")
-    if not healthy:
-        raise SystemExit(1)
+        Console().print(_view([state]))
 
 
-async def _examine(url: str | None) -> list[Finding]:
-    try:
-        settings = ClientSettings.load(redis_url=await existing_url(url))
-    except RecallQError as error:
-        return [Finding("settings", "failed", str(error))]
-    findings: list[Finding] = []
-    servers = {
-        "broker": settings.broker_url,
-        "coordination": settings.coordination_url,
-        "result backend": settings.result_url,
+async def _look_on(url: str | None, every: float, *, as_json: bool) -> None:
+    console = Console()
+    looks: deque[FleetState] = deque()
+    trouble: str | None = None
+    async with connect_existing(url) as client:
+        with Live(console=console, auto_refresh=False, transient=False) as live:
+            while True:
+                began = time.monotonic()
+                try:
+                    looks.append(await client.transport.fleet())
+                    trouble = None
+                except ServiceUnavailable as error:
+                    trouble = str(error)
+                while len(looks) > 2 and looks[1].at < looks[-1].at - _RATES_OVER:
+                    looks.popleft()
+                if as_json:
+                    _write(_report(looks[-1]) if trouble is None else {"error": trouble})
+                elif live.is_started and console.is_terminal:
+                    live.update(_view(looks, trouble), refresh=True)
+                else:
+                    console.print(_view(looks, trouble))
+                await asyncio.sleep(max(every - (time.monotonic() - began), 0.0))
+
+
+def _write(report: dict[str, Any]) -> None:
+    sys.stdout.write(orjson.dumps(report).decode() + "\n")
+    sys.stdout.flush()
+
+
+def _report(state: FleetState) -> dict[str, Any]:
+    """For scripts. Times are in seconds."""
+    return {
+        "at": state.at,
+        "lanes": {
+            each.lane.value: {
+                "outstanding": each.outstanding,
+                "queued_batches": each.queued,
+                "oldest": each.oldest,
+                "accepted": each.accepted,
+                "settled": each.settled,
+                "workers": each.workers,
+            }
+            for each in state.lanes
+        },
+        "running_batches": state.running,
+        "delayed_batches": state.delayed,
+        "in_slow_lane": state.extracting + state.indexing,
+        "dead_letters": state.dead_letters,
+        "workers": [each.model_dump(mode="json") for each in state.workers],
     }
-    for role, server in servers.items():
-        findings += await _examine_redis(role, server, settings)
-    if any(each.state == "failed" for each in findings):
-        return findings
-    try:
-        async with MemoryClient(settings=settings) as client:
-            findings += _judge_workers(await client.workers())
-            findings.append(await _examine_backend(client))
-            findings += _judge_dead_letters(await client.dead_letters.count())
-    except RecallQError as error:
-        findings.append(Finding("client", "failed", str(error)))
-    return findings
 
 
-async def _examine_redis(role: str, url: str, settings: ClientSettings) -> list[Finding]:
-    check = f"Redis ({role})"
-    redis = connect(url, connect_timeout=settings.connect_timeout, retries=0)
-    try:
-        async with asking(url, "cannot reach it"):
-            info = await redis.info()
-            findings = [_judge_version(check, url, info)]
-            if role == "broker":
-                findings += _judge_durability(check, info)
-            if role == "result backend":
-                findings.append(await _write_and_read(role, redis, settings))
-    except RecallQError as error:
-        advice = "start a Redis there, or set the right URL; 'recallq up' runs one for you"
-        return [Finding(check, "failed", str(error), advice)]
-    finally:
-        await redis.aclose(close_connection_pool=True)
-    return findings
+# --- for people ---------------------------------------------------------------------------------
 
 
-def _judge_version(check: str, url: str, info: dict[str, Any]) -> Finding:
-    version = str(info.get("redis_version", "0"))
-    detail = f"{version} at {redact(url)}"
-    numbers = tuple(int(each) for each in version.split(".")[:2] if each.isdigit())
-    if numbers < _OLDEST_REDIS:
-        return Finding(check, "failed", detail, "RecallQ needs Redis 6.2 or later")
-    return Finding(check, "ok", detail)
-
-
-def _judge_durability(check: str, info: dict[str, Any]) -> list[Finding]:
-    findings = []
-    if not info.get("aof_enabled"):
-        findings.append(
-            Finding(
-                f"{check} durability",
-                "warning",
-                "no append-only file: a restart of Redis loses what is queued",
-                "set 'appendonly yes' in its configuration",
+def _view(looks: deque[FleetState] | list[FleetState], trouble: str | None = None) -> Group:
+    """What there is to see: `looks` are from old to new."""
+    shown: list[RenderableType] = []
+    if trouble is not None:
+        shown.append(Text(trouble, style="bold red"))
+    if looks:
+        first, last = looks[0], looks[-1]
+        shown += [_lanes(first, last), "", _rest(last)]
+        if last.workers:
+            shown += ["", _workers(last)]
+        else:
+            shown.append(
+                Text("no worker is running; start one with 'recallq worker'", style="bold yellow")
             )
+    return Group(*shown)
+
+
+def _lanes(first: FleetState, last: FleetState) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("lane")
+    for name in ("workers", "outstanding jobs", "oldest waits", "accepted/s", "settled/s"):
+        table.add_column(name, justify="right")
+    seconds = last.at - first.at
+    for lane in last.lanes:
+        before = first.lane(lane.lane)
+        table.add_row(
+            lane.lane.value,
+            str(lane.workers),
+            f"{lane.outstanding:,}",
+            _age(lane),
+            _rate(lane.accepted - before.accepted, seconds),
+            _rate(lane.settled - before.settled, seconds),
         )
-    policy = info.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
-        findings.append(
-            Finding(
-                f"{check} memory",
-                "warning",
-                f"maxmemory-policy is {policy}: Redis may throw jobs and memories away",
-                "set 'maxmemory-policy noeviction'",
-            )
+    return table
+
+
+def _age(lane: LaneState) -> Text:
+    if lane.oldest is None:
+        return Text("-")
+    return Text(_duration(lane.oldest), style="bold yellow" if lane.oldest > _STALE else "")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 120 else f"{hours:.0f} h"
+
+
+def _rate(jobs: int, seconds: float) -> str:
+    """Jobs per second; counters that went back are those of a Redis that has lost them."""
+    return f"{jobs / seconds:,.0f}" if seconds > 0 and jobs >= 0 else "-"
+
+
+def _rest(state: FleetState) -> Text:
+    text = Text(f"batches: {state.running:,} running, {state.delayed:,} put off\n")
+    text.append(
+        f"slow lane: {state.extracting:,} users to extract for, "
+        f"{state.indexing:,} batches to make searchable\n"
+    )
+    text.append(
+        f"dead letters: {state.dead_letters:,}", style="bold red" if state.dead_letters else ""
+    )
+    return text
+
+
+def _workers(state: FleetState) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("worker", "backend", "lanes", "version", "up"):
+        table.add_column(name, justify="right" if name == "up" else "left")
+    for each in state.workers:
+        table.add_row(
+            each.id,
+            each.backend,
+            ", ".join(each.lanes),
+            each.version,
+            _duration(max(state.at - each.started_at, 0.0)),
         )
-    return findings
-
-
-async def _write_and_read(role: str, redis: RedisClient, settings: ClientSettings) -> Finding:
-    key = f"{settings.namespace}:doctor"
-    try:
-        await redis.set(key, b"1", ex=10)
-        found = await redis.get(key)
-        await redis.delete(key)
-    except redis_exceptions.RedisError as error:
-        return Finding(
-            f"{role} writes", "failed", str(error), "check its memory limit and the user's rights"
-        )
-    if found != b"1":
-        return Finding(f"{role} writes", "failed", "what was written could not be read back")
-    return Finding(f"{role} writes", "ok", "written and read back")
-
-
-def _judge_workers(workers: list[WorkerInfo]) -> list[Finding]:
-    if not workers:
-        advice = "start one with 'recallq worker'"
-        return [Finding("workers", "failed", "none is running", advice)]
-    findings = [Finding("workers", "ok", f"{len(workers)} running")]
-    idle = [lane.value for lane in Lane if not any(lane in each.lanes for each in workers)]
-    if idle:
-        findings.append(
-            Finding(
-                "lanes",
-                "warning",
-                f"nobody works on {', '.join(idle)}",
-                f"start one with 'recallq worker --lanes {','.join(idle)}'",
-            )
-        )
-    backends = {each.backend for each in workers}
-    if len(backends) > 1:
-        findings.append(
-            Finding(
-                "backends",
-                "failed",
-                f"workers of one namespace run {' and '.join(sorted(backends))}: "
-                "each would keep a part of the memories",
-                "give each backend a RECALLQ_NAMESPACE of its own",
-            )
-        )
-    return findings
-
-
-def _judge_dead_letters(count: int) -> list[Finding]:
-    if not count:
-        return []
-    advice = "see why with 'recallq dead list', then replay or purge them"
-    return [Finding("dead letters", "warning", f"{count:,} writes failed for good", advice)]
-
-
-async def _examine_backend(client: MemoryClient) -> Finding:
-    try:
-        health = await client.check_backend(_PATIENCE)
-    except JobTimeout as error:
-        advice = "see the worker's log; is it busy with long jobs, or stuck?"
-        return Finding("memory backend", "failed", str(error), advice)
-    except RecallQError as error:
-        return Finding("memory backend", "failed", str(error), "see the worker's log")
-    detail = f"{health.backend}: {health.detail}"
-    if not health.ok:
-        return Finding("memory backend", "failed", detail, "see the backend's own log")
-    return Finding("memory backend", "ok", detail)
+    return table

@@ -1,0 +1,193 @@
+"""``recallq doctor``: what ails the service, and what to do about it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+from redis import exceptions as redis_exceptions
+
+from recallq.cli.connection import UrlOption, existing_url
+from recallq.cli.memory import JsonOption
+from recallq.cli.runner import run
+from recallq.client import MemoryClient
+from recallq.contract import Lane
+from recallq.errors import JobTimeout, RecallQError
+from recallq.redis_client import RedisClient, asking, connect, redact
+from recallq.settings import ClientSettings
+from recallq.workers import WorkerInfo
+
+_OLDEST_REDIS = (6, 2)
+_PATIENCE = 10.0
+"""Seconds that doctor waits for a worker's answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that doctor looked at."""
+
+    check: str
+    state: str
+    """``ok``, ``warning`` or ``failed``."""
+    detail: str
+    advice: str = ""
+
+
+def doctor(url: UrlOption = None, as_json: JsonOption = False) -> None:
+    """Check Redis, the result backend, the workers and the memory backend."""
+    findings = run(_examine(url))
+    healthy = all(each.state != "failed" for each in findings)
+    if as_json:
+        report = {"healthy": healthy, "checks": [asdict(each) for each in findings]}
+        sys.stdout.write(orjson.dumps(report).decode() + "\n")
+    else:
+        for each in findings:
+            print(f"{each.state:<9}{each.check}: {each.detail}")
+            if each.advice:
+                print(f"{'':<9}-> {each.advice}")
+    if not healthy:
+        raise SystemExit(1)
+
+
+async def _examine(url: str | None) -> list[Finding]:
+    try:
+        settings = ClientSettings.load(redis_url=await existing_url(url))
+    except RecallQError as error:
+        return [Finding("settings", "failed", str(error))]
+    findings: list[Finding] = []
+    servers = {
+        "broker": settings.broker_url,
+        "coordination": settings.coordination_url,
+        "result backend": settings.result_url,
+    }
+    for role, server in servers.items():
+        findings += await _examine_redis(role, server, settings)
+    if any(each.state == "failed" for each in findings):
+        return findings
+    try:
+        async with MemoryClient(settings=settings) as client:
+            findings += _judge_workers(await client.workers())
+            findings.append(await _examine_backend(client))
+            findings += _judge_dead_letters(await client.dead_letters.count())
+    except RecallQError as error:
+        findings.append(Finding("client", "failed", str(error)))
+    return findings
+
+
+async def _examine_redis(role: str, url: str, settings: ClientSettings) -> list[Finding]:
+    check = f"Redis ({role})"
+    redis = connect(url, connect_timeout=settings.connect_timeout, retries=0)
+    try:
+        async with asking(url, "cannot reach it"):
+            info = await redis.info()
+            findings = [_judge_version(check, url, info)]
+            if role == "broker":
+                findings += _judge_durability(check, info)
+            if role == "result backend":
+                findings.append(await _write_and_read(role, redis, settings))
+    except RecallQError as error:
+        advice = "start a Redis there, or set the right URL; 'recallq up' runs one for you"
+        return [Finding(check, "failed", str(error), advice)]
+    finally:
+        await redis.aclose(close_connection_pool=True)
+    return findings
+
+
+def _judge_version(check: str, url: str, info: dict[str, Any]) -> Finding:
+    version = str(info.get("redis_version", "0"))
+    detail = f"{version} at {redact(url)}"
+    numbers = tuple(int(each) for each in version.split(".")[:2] if each.isdigit())
+    if numbers < _OLDEST_REDIS:
+        return Finding(check, "failed", detail, "RecallQ needs Redis 6.2 or later")
+    return Finding(check, "ok", detail)
+
+
+def _judge_durability(check: str, info: dict[str, Any]) -> list[Finding]:
+    findings = []
+    if not info.get("aof_enabled"):
+        findings.append(
+            Finding(
+                f"{check} durability",
+                "warning",
+                "no append-only file: a restart of Redis loses what is queued",
+                "set 'appendonly yes' in its configuration",
+            )
+        )
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        findings.append(
+            Finding(
+                f"{check} memory",
+                "warning",
+                f"maxmemory-policy is {policy}: Redis may throw jobs and memories away",
+                "set 'maxmemory-policy noeviction'",
+            )
+        )
+    return findings
+
+
+async def _write_and_read(role: str, redis: RedisClient, settings: ClientSettings) -> Finding:
+    key = f"{settings.namespace}:doctor"
+    try:
+        await redis.set(key, b"1", ex=10)
+        found = await redis.get(key)
+        await redis.delete(key)
+    except redis_exceptions.RedisError as error:
+        return Finding(
+            f"{role} writes", "failed", str(error), "check its memory limit and the user's rights"
+        )
+    if found != b"1":
+        return Finding(f"{role} writes", "failed", "what was written could not be read back")
+    return Finding(f"{role} writes", "ok", "written and read back")
+
+
+def _judge_workers(workers: list[WorkerInfo]) -> list[Finding]:
+    if not workers:
+        advice = "start one with 'recallq worker'"
+        return [Finding("workers", "failed", "none is running", advice)]
+    findings = [Finding("workers", "ok", f"{len(workers)} running")]
+    idle = [lane.value for lane in Lane if not any(lane in each.lanes for each in workers)]
+    if idle:
+        findings.append(
+            Finding(
+                "lanes",
+                "warning",
+                f"nobody works on {', '.join(idle)}",
+                f"start one with 'recallq worker --lanes {','.join(idle)}'",
+            )
+        )
+    backends = {each.backend for each in workers}
+    if len(backends) > 1:
+        findings.append(
+            Finding(
+                "backends",
+                "failed",
+                f"workers of one namespace run {' and '.join(sorted(backends))}: "
+                "each would keep a part of the memories",
+                "give each backend a RECALLQ_NAMESPACE of its own",
+            )
+        )
+    return findings
+
+
+def _judge_dead_letters(count: int) -> list[Finding]:
+    if not count:
+        return []
+    advice = "see why with 'recallq dead list', then replay or purge them"
+    return [Finding("dead letters", "warning", f"{count:,} writes failed for good", advice)]
+
+
+async def _examine_backend(client: MemoryClient) -> Finding:
+    try:
+        health = await client.check_backend(_PATIENCE)
+    except JobTimeout as error:
+        advice = "see the worker's log; is it busy with long jobs, or stuck?"
+        return Finding("memory backend", "failed", str(error), advice)
+    except RecallQError as error:
+        return Finding("memory backend", "failed", str(error), "see the worker's log")
+    detail = f"{health.backend}: {health.detail}"
+    if not health.ok:
+        return Finding("memory backend", "failed", detail, "see the backend's own log")
+    return Finding("memory backend", "ok", detail)
