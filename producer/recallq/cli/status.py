@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 import time
 from collections import deque
@@ -58,11 +59,15 @@ async def _look_once(url: str | None, *, as_json: bool) -> None:
 
 
 async def _look_on(url: str | None, every: float, *, as_json: bool) -> None:
+    # What the client would log of a lost Redis is what the view shows.
+    logging.getLogger("recallq").addHandler(logging.NullHandler())
     console = Console()
+    live = Live(console=console, auto_refresh=False)
+    drawn = console.is_terminal and not as_json
     looks: deque[FleetState] = deque()
     trouble: str | None = None
     async with connect_existing(url) as client:
-        with Live(console=console, auto_refresh=False, transient=False) as live:
+        with live if drawn else contextlib.nullcontext():
             while True:
                 began = time.monotonic()
                 try:
@@ -74,7 +79,7 @@ async def _look_on(url: str | None, every: float, *, as_json: bool) -> None:
                     looks.popleft()
                 if as_json:
                     _write(_report(looks[-1]) if trouble is None else {"error": trouble})
-                elif live.is_started and console.is_terminal:
+                elif drawn:
                     live.update(_view(looks, trouble), refresh=True)
                 else:
                     console.print(_view(looks, trouble))
