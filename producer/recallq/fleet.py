@@ -18,11 +18,11 @@ class LaneState:
     outstanding: int
     """Jobs that were accepted and have not settled."""
     queued: int
-    """Batches that no worker has begun."""
+    """Batches whose message waits for a worker."""
     oldest: float | None
-    """Seconds since the first of these was published; None if there is none."""
+    """Seconds for which the first of these has waited; None if there is none."""
     accepted: int
-    """Jobs, ever since the namespace was first used."""
+    """Jobs, since they were first counted here."""
     settled: int
     """The same, of those that have come to their end."""
     workers: int
@@ -47,6 +47,11 @@ class FleetState:
     dead_letters: int
     workers: tuple[WorkerInfo, ...]
 
+    @property
+    def outstanding(self) -> int:
+        """Jobs of all lanes."""
+        return sum(each.outstanding for each in self.lanes)
+
     def lane(self, lane: Lane) -> LaneState:
         return next(each for each in self.lanes if each.lane is lane)
 
@@ -61,19 +66,21 @@ async def look(redis: RedisClient, keys: Keys) -> FleetState:
             pipe.zcard(key)
         for lane in Lane:
             pipe.zcard(keys.queued(lane.value))
-            pipe.zrange(keys.queued(lane.value), 0, 0, withscores=True)
+            pipe.zrange(keys.queued(lane.value), 0, 0)
         (seconds, micros), outstanding, totals, *counts = await pipe.execute()
     running, delayed, extracting, indexing, dead, *queues = counts
     workers = await WorkerRegistry(redis, keys).alive()
     at = seconds + micros / 1e6
+    firsts = [found[0].decode() if found else None for found in queues[1::2]]
+    waiting = await _waiting_since(redis, keys, firsts)
     lanes = []
-    for lane, queued, first in zip(Lane, queues[::2], queues[1::2], strict=True):
+    for lane, queued, since in zip(Lane, queues[::2], waiting, strict=True):
         lanes.append(
             LaneState(
                 lane=lane,
                 outstanding=int(outstanding.get(lane.value.encode(), 0)),
                 queued=queued,
-                oldest=max(at - first[0][1] / 1000, 0.0) if first else None,
+                oldest=None if since is None else max(at - since / 1000, 0.0),
                 accepted=int(totals.get(b"accepted:%b" % lane.value.encode(), 0)),
                 settled=int(totals.get(b"settled:%b" % lane.value.encode(), 0)),
                 workers=sum(lane in each.lanes for each in workers),
@@ -89,3 +96,15 @@ async def look(redis: RedisClient, keys: Keys) -> FleetState:
         dead_letters=dead,
         workers=tuple(workers),
     )
+
+
+async def _waiting_since(
+    redis: RedisClient, keys: Keys, batch_ids: list[str | None]
+) -> list[int | None]:
+    """Since when (ms) the messages of batches have been in their queues; None where there is none.
+    One that was run before, and is to be run again, was pushed a second time."""
+    async with redis.pipeline(transaction=False) as pipe:
+        for batch_id in batch_ids:
+            pipe.hmget(keys.batch(batch_id or ""), ["q", "t"])
+        found = await pipe.execute()
+    return [next((int(each) for each in times if each is not None), None) for times in found]

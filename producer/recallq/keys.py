@@ -47,14 +47,16 @@ class Keys:
         self.outstanding = f"{namespace}:outstanding"
         """Hash: lane -> jobs accepted and not settled."""
         self.totals = f"{namespace}:totals"
-        """Hash: ``accepted:<lane>`` and ``settled:<lane>`` -> jobs, ever since."""
+        """Hash: ``accepted:<lane>`` and ``settled:<lane>`` -> jobs, since they were first counted
+        here."""
         self.slow = f"{namespace}:slow"
         """Sorted set: hash tags of the users for whom writes wait in the slow lane, by the time
         (ms) at which a worker may take one up; of those taken up, by the end of the lease."""
         self.indexing = f"{namespace}:indexing"
         """Sorted set: the same of the batches whose adds are stored and not yet searchable."""
         self.extracts = f"{namespace}:extracts"
-        """There while workers run a backend that extracts memories, and a day longer."""
+        """There while workers run a backend that extracts memories, and a month longer, unless
+        others are started."""
         self.slow_tokens = f"{namespace}:slow-tokens"
         """Counter: the last fencing token given in the slow lane."""
         self.workers = f"{namespace}:workers"

@@ -33,7 +33,7 @@ from typing import cast
 
 import orjson
 
-from recallq.contract import AddJob, AnyJob, Batch, DeleteJob, JobState, Lane, Operation, key_digest
+from recallq.contract import AddJob, AnyJob, Batch, DeleteJob, JobState, Operation, key_digest
 from recallq.errors import QueueFull
 from recallq.keys import Keys
 from recallq.redis_client import RedisClient
@@ -90,14 +90,15 @@ if epochs == '' then
 end
 local delete = ARGV[5] == 'delete'
 if (delete or ARGV[12] ~= '') and redis.call('EXISTS', KEYS[7]) == 1 then
-  -- Extractions wait for what was submitted before, as long as it may be on its way.
-  local index, users = 0, {}
+  -- Extractions wait for what was submitted before, as long as it may be on its way. A delete may
+  -- be for as long as it is remembered what came of an add.
+  local index, users, lifetime = 0, {}, delete and 2592000 or 3600
   for user in string.gmatch(ARGV[8], '%d+') do users[#users + 1] = tonumber(user) end
   for place in string.gmatch(delete and epochs or ARGV[12], '%d+') do
     local coming = KEYS[8 + 2 * users[index + 1]]
     local session = delete and '|' .. ARGV[13 + index] or ''
     redis.call('ZADD', coming, place, ARGV[1] .. '-' .. index .. session)
-    redis.call('EXPIRE', coming, 3600)
+    redis.call('EXPIRE', coming, lifetime)
     index = index + 1
   end
 end
@@ -251,11 +252,6 @@ class ProducerLedger:
             keys=[self._keys.batch(batch_id), self._keys.outstanding], args=[index]
         )
         return None if state is None else JobState(cast("bytes", state).decode())
-
-    async def outstanding(self) -> dict[Lane, int]:
-        """Accepted and unsettled jobs of each lane."""
-        counts = await self._redis.hgetall(self._keys.outstanding)
-        return {lane: int(counts.get(lane.value.encode(), 0)) for lane in Lane}
 
 
 def _digests(batch: Batch[AnyJob]) -> str:

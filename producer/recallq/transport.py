@@ -30,7 +30,6 @@ from recallq.contract import (
     BatchResult,
     JobRef,
     JobState,
-    Lane,
     Outcome,
     failed,
 )
@@ -233,11 +232,6 @@ class Transport:
         """The workers that have given a sign of life of late."""
         async with asking(self._settings.coordination_url, "cannot look for workers"):
             return await WorkerRegistry(self._coordination, self.keys).alive()
-
-    async def outstanding(self) -> dict[Lane, int]:
-        """Jobs of each lane that are accepted and not settled."""
-        async with asking(self._settings.coordination_url, "cannot count the jobs"):
-            return await self.ledger.outstanding()
 
     async def fleet(self) -> FleetState:
         """How lanes and workers stand."""

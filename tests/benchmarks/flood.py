@@ -74,7 +74,7 @@ async def _measure(url: str, namespace: str, options: argparse.Namespace) -> Non
         over = asyncio.Event()
         searching = asyncio.create_task(_searches(client, options.rate, over))
         began = time.perf_counter()
-        while flood.poll() is None or any((await client.transport.outstanding()).values()):
+        while flood.poll() is None or (await client.transport.fleet()).outstanding:
             await asyncio.sleep(0.25)
         took = time.perf_counter() - began
         over.set()

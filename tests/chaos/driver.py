@@ -299,9 +299,9 @@ class _Run:
         deadline = time.monotonic() + self._options.patience
         async with self._client() as memory, redis_at(self._server.url) as redis:
             while time.monotonic() < deadline:
-                outstanding: dict[Lane, int] = await memory.transport.outstanding()
+                outstanding = (await memory.transport.fleet()).outstanding
                 self._report.orphans = await leftovers(redis, NAMESPACE)
-                if not any(outstanding.values()) and not self._report.orphans:
+                if not outstanding and not self._report.orphans:
                     return True
                 await asyncio.sleep(0.5)
         return False

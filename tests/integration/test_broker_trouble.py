@@ -226,6 +226,18 @@ def envelope(mark: str, **changes: Any) -> dict[str, Any]:
     return {name: part for name, part in whole.items() if part is not None}
 
 
+def nested(whole: dict[str, Any], depth: int) -> bytes:
+    """The same with a list in it that is nested so deep."""
+    return json.dumps(whole | {"deep": "@"}).replace('"@"', "[" * depth + "]" * depth).encode()
+
+
+def plain(mark: str, content: Any) -> dict[str, Any]:
+    """With a body that is not encoded."""
+    whole = envelope(mark, body=content)
+    del whole["properties"]["body_encoding"]
+    return whole
+
+
 def body(value: bytes) -> str:
     return base64.b64encode(value).decode()
 
@@ -274,6 +286,12 @@ class TestPoison:
                 body=body(json.dumps({"task": task, "id": "mark-26-", "args": ["x"]}).encode()),
             ),
             envelope("mark-27-", headers={"task": task, "id": "m", "compression": "zlib"}),
+            # orjson reads them, and Python's own JSON does not, or cannot write them again.
+            nested(envelope("mark-28-"), 990),
+            nested(envelope("mark-29-"), 1010),
+            envelope("mark-30-", body=body(b"[" * 1000 + b"]" * 1000)),
+            plain("mark-31-", 4_000_000_000),
+            plain("mark-32-", [91, 93]),
         ]
         held = take(worker, raw, "sleep 3")
         for each in poison:

@@ -344,7 +344,7 @@ class TestWithoutAWorker:
             calls = [asyncio.create_task(client.add_memory(user, str(n))) for n in range(10)]
 
             async def two_are_out() -> bool:
-                return sum((await client.transport.outstanding()).values()) == 2
+                return (await client.transport.fleet()).outstanding == 2
 
             await eventually(two_are_out)
             await asyncio.sleep(0.1)
@@ -540,7 +540,7 @@ class TestOneRedisForEachPurpose:
                 assert await client.delete_memory(f"{user}1")
 
                 async def all_settled() -> bool:  # on another Redis, so just after the answer
-                    return not any((await client.transport.outstanding()).values())
+                    return not (await client.transport.fleet()).outstanding
 
                 await eventually(all_settled)
         async with redis_at(redis_url) as redis:

@@ -565,7 +565,7 @@ class TestHandles:
                 for handle in handles:
                     assert await handle.cancel()
                     assert await handle.cancel()
-            assert not any((await client.transport.outstanding()).values())
+            assert not (await client.transport.fleet()).outstanding
 
     async def test_a_batch_of_nothing_but_cancelled_jobs_settles(
         self, client: MemoryClient, redis_url: str, start_worker: StartWorker, user: str

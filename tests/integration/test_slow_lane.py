@@ -662,6 +662,39 @@ class TestOnce:
         assert await texts(client, "ann", "one") == ["tea"]
         await nothing_is_left(client)
 
+    async def test_no_key_waits_for_a_delete_that_was_submitted_later(
+        self, client: MemoryClient, start_worker: StartWorker
+    ) -> None:
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live,slow")
+        await (await client.submit_add("ann", "tea", idempotency_key="k")).result(30)
+        bulk = await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="bulk")
+        bulk.signal(signal.SIGSTOP)
+        again = await client.submit_add("ann", "tea", idempotency_key="k", lane="bulk")
+        late = await client.submit_delete("ann", lane="bulk")
+        bulk.signal(signal.SIGCONT)
+        assert (await again.result(30)).added == 0
+        await late.result(30)
+        assert await texts(client, "ann") == []
+        assert len(await extractions(client)) == 1
+        await nothing_is_left(client)
+
+    async def test_what_was_settled_elsewhere_is_not_on_its_way(
+        self, client: MemoryClient, redis: RedisClient, worker: Worker
+    ) -> None:
+        """A delete that was buried, say, before anybody could read it."""
+        await client.add_memory("ann", "tea", idempotency_key="k")
+        keys = client.transport.keys
+        deleting = keys.deleting(keys.user_tag("default", "ann"))
+        seconds, micros = await redis.time()
+        later = seconds * 1000 + micros // 1000 + 1
+        await redis.zadd(deleting, {"0123456789abcdef-1-0|": later})
+        await asyncio.sleep(0.1)  # so that what comes now was submitted after it
+        began = time.monotonic()
+        assert (await client.add_memory("ann", "tea", idempotency_key="k")).added == 0
+        assert time.monotonic() - began < 8
+        assert len(await extractions(client)) == 1
+        assert not await redis.exists(deleting)
+
     async def test_no_key_waits_for_a_delete_that_is_not_run(
         self, client: MemoryClient, start_worker: StartWorker
     ) -> None:

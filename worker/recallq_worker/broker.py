@@ -49,6 +49,7 @@ from recallq_worker import runtime
 log = logging.getLogger(__name__)
 
 _TYPED = b'"__type__"'
+_DEEP = 100
 
 _SAFE_TO_QUOTE = (JSONDecodeError, UnicodeDecodeError, Base64Error, ContentDisallowed)
 """Errors whose text never holds what users wrote."""
@@ -314,15 +315,36 @@ class Transport(redis.Transport):
 
 def _parse(raw: bytes) -> Any:
     try:
-        return _loads(raw)
+        found = _loads(raw)
     except Exception as error:
         raise Undecodable(f"not JSON: {explain(error)}") from error
+    if _is_deep(found):
+        raise Undecodable("its JSON is nested too deep")  # for kombu to write it again
+    return found
 
 
-def _loads(data: str | bytes) -> Any:
-    """What kombu reads in JSON, in a fifth of the time."""
-    data = data.encode() if isinstance(data, str) else bytes(data)
-    if _TYPED not in data:  # a date, say, in kombu's own way of writing one
-        with suppress(ValueError):  # what is not quite JSON, which kombu may read all the same
-            return orjson.loads(data)
+def _loads(data: Any) -> Any:
+    """What kombu reads in JSON, in a fifth of the time; anything unusual is left to kombu."""
+    if isinstance(data, (str, bytes, bytearray, memoryview)):
+        text = data.encode() if isinstance(data, str) else bytes(data)
+        if _TYPED not in text:  # a date, say, in kombu's own way of writing one
+            with suppress(ValueError):  # what is not quite JSON
+                found = orjson.loads(text)
+                if not _is_deep(found):
+                    return found
     return loads(data)
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether it is nested so deep that Python's own JSON may be at its end with it."""
+    level = [value]
+    for _ in range(_DEEP):
+        level = [
+            child
+            for each in level
+            if isinstance(each, (dict, list))
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True

@@ -53,6 +53,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_EXTRACTS = 30 * 24 * 3600
+"""Seconds for which producers say what is on its way to workers that have not been there."""
+
 
 @dataclass(slots=True)
 class Services:
@@ -247,6 +250,8 @@ class Runtime:
         except RecallQError as error:
             raise ServiceUnavailable(f"backend {backend.name} does not start: {error}") from error
         async with asking(settings.coordination_url, "cannot start the worker"):
+            if not isinstance(memory, MemoryExtractor):
+                await coordination.delete(self._keys.extracts)  # nobody does any more
             await self._say_that_it_extracts(coordination)
         workers = WorkerRegistry(coordination, self._keys)
         self._background += [
@@ -304,7 +309,7 @@ class Runtime:
         """Where memories are extracted, producers say which adds are on their way: from the first
         that this process may take."""
         if isinstance(self.services.backend, MemoryExtractor):
-            await coordination.set(self._keys.extracts, 1, ex=24 * 3600)
+            await coordination.set(self._keys.extracts, 1, ex=_EXTRACTS)
 
     async def _hold(self, lease: OwnerLease) -> None:
         while True:

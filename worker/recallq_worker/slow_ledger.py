@@ -40,7 +40,7 @@ from typing import Any, cast
 
 import orjson
 
-from recallq.contract import AddJob, AnyBatch, DeleteJob
+from recallq.contract import DEFAULT_SESSION, AddJob, AnyBatch, DeleteJob
 from recallq.keys import Keys, escape
 from recallq.redis_client import RedisClient
 from recallq_worker import slow_scripts as scripts
@@ -204,7 +204,7 @@ class SlowLedger:
         self, batch: AnyBatch, handover: Handover, *, brief: bool
     ) -> list[str | int | bytes]:
         job, scope = handover.job, handover.job.scope
-        session, kind = scope.session_id or "", handover.kind
+        session, kind = _session_of(job), handover.kind
         header = f"{kind}|{handover.epoch}|{batch.id}|{handover.index}|{escape(session)}\n"
         item = header.encode()
         if handover.stored is not None:
@@ -228,7 +228,7 @@ class SlowLedger:
         """Says that a write does not come to the slow lane: nobody waits for it any more."""
         scope = job.scope
         tag = self._keys.user_tag(scope.tenant, scope.user_id)
-        args = [*self._common, tag, job.id, scope.session_id or ""]
+        args = [*self._common, tag, job.id, _session_of(job)]
         await self._refused(keys=self._script_keys, args=args)
 
     async def take(self, most: int, most_jobs: int) -> tuple[float | None, list[Turn]]:
@@ -261,7 +261,7 @@ class SlowLedger:
         """
         args: list[str] = []
         for each in jobs:
-            args += [each.id, each.job.scope.session_id or "", each.again]
+            args += [each.id, _session_of(each.job), each.again]
         said = await self._begin(
             keys=self._script_keys,
             args=[
@@ -350,6 +350,11 @@ class SlowLedger:
             None if each == b"-" else frozenset(filter(None, each.decode().split(",")))
             for each in told
         ]
+
+
+def _session_of(job: AddJob | DeleteJob) -> str:
+    """Where an add goes, or what a delete is about: "" for all of the user's."""
+    return job.scope.session_id or ("" if isinstance(job, DeleteJob) else DEFAULT_SESSION)
 
 
 def _again_id(job: AddJob | DeleteJob, stored: dict[str, Any] | None) -> str:

@@ -61,17 +61,21 @@ local function fence_of(tag, session)
 end
 
 -- What came of the same add before, unless a deletion has come since. And the epoch of one that was
--- submitted since and has not come yet: it may be about to remove what came of it.
-local function known(tag, session, again)
+-- submitted between the two and has not come yet: it may be about to remove what came of it.
+local function known(tag, session, again, own_epoch)
   local before = again ~= '' and redis.call('GET', done .. tag .. ':' .. again)
   if not before then return nil end
   local epoch, outcome = string.match(before, '^(%d+) (.*)$')
   if tonumber(epoch) < fence_of(tag, session) then return nil end
   local on_their_way = redis.call(
-    'ZRANGEBYSCORE', deleting .. tag, '(' .. epoch, '+inf', 'WITHSCORES')
+    'ZRANGEBYSCORE', deleting .. tag, '(' .. epoch, own_epoch, 'WITHSCORES')
   for at = #on_their_way - 1, 1, -2 do
-    local whose = string.match(on_their_way[at], '|(.*)$')
-    if whose == '' or whose == session then return outcome, tonumber(on_their_way[at + 1]) end
+    local id, whose = string.match(on_their_way[at], '^(.-)%-%d+|(.*)$')
+    if not id or redis.call('EXISTS', batches .. id) == 0 then
+      redis.call('ZREM', deleting .. tag, on_their_way[at])  -- it was settled without coming here
+    elseif whose == '' or whose == session then
+      return outcome, tonumber(on_their_way[at + 1])
+    end
   end
   return outcome
 end
@@ -134,7 +138,7 @@ for at = 16, #ARGV, 10 do
   elseif redis.call('HEXISTS', pending .. tag, job) == 0 then
     if kind == 'a' then
       if tonumber(epoch) < fence_of(tag, session) then outcome = FENCED end
-      local before, unsettled = known(tag, session, again)
+      local before, unsettled = known(tag, session, again, epoch)
       if not unsettled then outcome = outcome or before end
     end
     if outcome then
@@ -256,7 +260,7 @@ for at = 14, #ARGV, 3 do
   local kind, epoch, id, index = header(item or '')
   local jobs = redis.call('HGET', batches .. (id or ''), 'n')
   local before, unsettled
-  if item then before, unsettled = known(tag, session, again) end
+  if item then before, unsettled = known(tag, session, again, epoch) end
   if not item or not jobs then
     drop(tag, job)
     said[#said + 1] = {'gone', ''}

@@ -26,7 +26,7 @@ from recallq.fleet import FleetState, LaneState
 _RATES_OVER = 5.0
 """Seconds that rates are taken over, at least."""
 _STALE = 30.0
-"""Seconds after which a batch that nobody has begun is a sign that workers are missing."""
+"""Seconds after which a message that waits is a sign that workers are missing."""
 
 
 def status(
@@ -71,7 +71,10 @@ async def _look_on(url: str | None, every: float, *, as_json: bool) -> None:
             while True:
                 began = time.monotonic()
                 try:
-                    looks.append(await client.transport.fleet())
+                    state = await client.transport.fleet()
+                    if looks and state.at < looks[-1].at:
+                        looks.clear()  # another Redis has taken over, with a clock of its own
+                    looks.append(state)
                     trouble = None
                 except ServiceUnavailable as error:
                     trouble = str(error)
@@ -188,7 +191,7 @@ def _rest(state: FleetState) -> Text:
 def _workers(state: FleetState) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("worker", "backend", "lanes", "version", "up"):
-        table.add_column(name, justify="right" if name == "up" else "left")
+        table.add_column(name, justify="right" if name == "up" else "left", overflow="fold")
     for each in state.workers:
         table.add_row(
             each.id,

@@ -116,7 +116,7 @@ class Ours:
         await self._client.submit_search(*self._search())
 
     async def drained(self) -> bool:
-        return not any((await self._client.transport.outstanding()).values())
+        return not (await self._client.transport.fleet()).outstanding
 
 
 class Plain:

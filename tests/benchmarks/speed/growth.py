@@ -62,14 +62,13 @@ async def growth(
             advance(f"a user with {size:,} messages")
             await user.fill(size)
         took: dict[str, dict[int, list[float]]] = {}
-        for _ in range(_CALLS):
-            for size, user in users.items():
-                for name, call in user.calls.items():
+        for name in ("search", "list", "add"):
+            took[name] = {size: [] for size in SIZES}
+            for _ in range(_CALLS):
+                for size, user in users.items():
                     began = time.perf_counter()
-                    await call()
-                    took.setdefault(name, {}).setdefault(size, []).append(
-                        time.perf_counter() - began
-                    )
+                    await user.calls[name]()
+                    took[name][size].append(time.perf_counter() - began)
     return {
         name: {size: median(times) for size, times in by_size.items()}
         for name, by_size in took.items()

@@ -126,10 +126,11 @@ class EntriesPart(Part):
     @property
     def bytes(self) -> int:
         """What it takes of memory at most, about, besides the ids."""
-        return len(self._terms) * 15 + self.size * (2 * _OFFSETS.size * 8 + _REMEMBERED_TERMS * 9)
+        remembered = 2 * _OFFSETS.size * 8 + _REMEMBERED_TERMS * 9 if self.size <= _ALL else 0
+        return len(self._terms) * 15 + self.size * remembered
 
     def around(self, term: int) -> Around:
-        """What a term weighs in each message. Takes a while for many messages."""
+        """What a term weighs in each message: for parts of few."""
         known = self._around.get(term)
         if known is not None:
             return known
