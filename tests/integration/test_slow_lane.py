@@ -49,6 +49,15 @@ async def worker(start_worker: StartWorker) -> Worker:
     return await asyncio.to_thread(start_worker, backend=EXTRACTOR, retry_base=0.2)
 
 
+@pytest.fixture
+async def bulk(start_worker: StartWorker) -> Worker:
+    """The only worker of the bulk lane, which is frozen. Another works on the others."""
+    await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live,slow")
+    frozen = await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="bulk")
+    frozen.signal(signal.SIGSTOP)
+    return frozen
+
+
 async def texts(client: MemoryClient, user: str, session: str | None = None) -> list[str]:
     filters = {"page_size": 1000} | ({"session_id": session} if session else {})
     return [each.text for each in await client.list_memory(user, filters)]
@@ -642,14 +651,10 @@ class TestOnce:
 
     @pytest.mark.parametrize("other", ["two", None])
     async def test_a_key_used_again_waits_for_each_delete_on_its_way(
-        self, client: MemoryClient, start_worker: StartWorker, other: str | None
+        self, client: MemoryClient, bulk: Worker, other: str | None
     ) -> None:
         """Also for one that a later delete, of something else, has overtaken."""
-        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live,slow")
-        kept = await client.submit_add("ann", "tea", "one", idempotency_key="k")
-        await kept.result(30)
-        bulk = await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="bulk")
-        bulk.signal(signal.SIGSTOP)
+        await client.add_memory("ann", "tea", "one", idempotency_key="k")
         slow = await client.submit_delete("ann", "one", lane="bulk")
         overtaking = await client.submit_delete("ann" if other else "bob", other)
         await overtaking.result(30)
@@ -663,12 +668,9 @@ class TestOnce:
         await nothing_is_left(client)
 
     async def test_no_key_waits_for_a_delete_that_was_submitted_later(
-        self, client: MemoryClient, start_worker: StartWorker
+        self, client: MemoryClient, bulk: Worker
     ) -> None:
-        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live,slow")
-        await (await client.submit_add("ann", "tea", idempotency_key="k")).result(30)
-        bulk = await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="bulk")
-        bulk.signal(signal.SIGSTOP)
+        await client.add_memory("ann", "tea", idempotency_key="k")
         again = await client.submit_add("ann", "tea", idempotency_key="k", lane="bulk")
         late = await client.submit_delete("ann", lane="bulk")
         bulk.signal(signal.SIGCONT)
@@ -696,12 +698,9 @@ class TestOnce:
         assert not await redis.exists(deleting)
 
     async def test_no_key_waits_for_a_delete_that_is_not_run(
-        self, client: MemoryClient, start_worker: StartWorker
+        self, client: MemoryClient, bulk: Worker
     ) -> None:
-        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live,slow")
-        await (await client.submit_add("ann", "tea", idempotency_key="k")).result(30)
-        bulk = await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="bulk")
-        bulk.signal(signal.SIGSTOP)
+        await client.add_memory("ann", "tea", idempotency_key="k")
         late = await client.submit_delete("ann", lane="bulk")
         await late.cancel()
         again = await client.submit_add("ann", "tea", idempotency_key="k")

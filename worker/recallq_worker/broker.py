@@ -315,23 +315,29 @@ class Transport(redis.Transport):
 
 def _parse(raw: bytes) -> Any:
     try:
-        found = _loads(raw)
+        return _loads(raw)
+    except Undecodable:
+        raise
     except Exception as error:
         raise Undecodable(f"not JSON: {explain(error)}") from error
-    if _is_deep(found):
-        raise Undecodable("its JSON is nested too deep")  # for kombu to write it again
-    return found
 
 
 def _loads(data: Any) -> Any:
+    """What a message says in JSON. Raises `Undecodable` for what kombu may be unable to write
+    again, as it does with what it holds."""
+    found = _read(data)
+    if _is_deep(found):
+        raise Undecodable("its JSON is nested too deep")
+    return found
+
+
+def _read(data: Any) -> Any:
     """What kombu reads in JSON, in a fifth of the time; anything unusual is left to kombu."""
     if isinstance(data, (str, bytes, bytearray, memoryview)):
         text = data.encode() if isinstance(data, str) else bytes(data)
         if _TYPED not in text:  # a date, say, in kombu's own way of writing one
             with suppress(ValueError):  # what is not quite JSON
-                found = orjson.loads(text)
-                if not _is_deep(found):
-                    return found
+                return orjson.loads(text)
     return loads(data)
 
 
