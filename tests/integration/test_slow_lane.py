@@ -71,7 +71,11 @@ async def extractions(client: MemoryClient) -> list[dict[str, Any]]:
 
 
 async def begun(client: MemoryClient, count: int) -> None:
-    """Waits until so many extractions have begun."""
+    """Waits until so many extractions have begun.
+
+    That an add is running says less: it is so already while a worker takes it to the slow lane,
+    where it is queued again.
+    """
 
     async def enough() -> bool:
         return len(await extractions(client)) >= count
@@ -287,7 +291,7 @@ class TestDeletion:
     ) -> None:
         running = await client.submit_add("ann", "until released old", "s")
         waiting = await client.submit_add("ann", "old too", "s")
-        await state(running, JobState.RUNNING)
+        await begun(client, 1)
         await client.delete_memory("ann", session)
         assert (await running.result(30)).added == 0
         assert (await waiting.result(30)).added == 0
@@ -320,7 +324,7 @@ class TestDeletion:
     ) -> None:
         old = await client.submit_add("ann", "until released old", "s")
         other = await client.submit_add("ann", "sleep 1 other", "t")
-        await state(old, JobState.RUNNING)
+        await begun(client, 1)
         await client.delete_memory("ann", "s")
         assert (await other.result(30)).added == 1
         assert await texts(client, "ann") == ["sleep 1 other"]
@@ -739,7 +743,8 @@ class TestHandles:
         self, client: MemoryClient, worker: Worker
     ) -> None:
         first = await client.submit_add("ann", "until released")
-        await state(first, JobState.RUNNING)
+        await begun(client, 1)
+        assert await first.status() is JobState.RUNNING
         second = await client.submit_add("ann", "behind it")
         await parked(client, "ann", 2)
         assert await second.status() is JobState.QUEUED
@@ -749,7 +754,7 @@ class TestHandles:
 
     async def test_cancelled_while_it_waits(self, client: MemoryClient, worker: Worker) -> None:
         first = await client.submit_add("ann", "until released")
-        await state(first, JobState.RUNNING)
+        await begun(client, 1)
         second = await client.submit_add("ann", "not this")
         await parked(client, "ann", 2)
         assert await second.cancel()
@@ -764,7 +769,7 @@ class TestHandles:
         self, client: MemoryClient, worker: Worker
     ) -> None:
         handle = await client.submit_add("ann", "until released")  # never, that is
-        await state(handle, JobState.RUNNING)
+        await begun(client, 1)
         assert not await handle.cancel()
         with pytest.raises(JobCancelled):
             await handle.result(30)
@@ -807,7 +812,7 @@ class TestHandles:
         self, client: MemoryClient, worker: Worker
     ) -> None:
         first = await client.submit_add("ann", "until released")
-        await state(first, JobState.RUNNING)
+        await begun(client, 1)
         late = await client.submit_add("ann", "too late", timeout=1)
         with pytest.raises(JobExpired):
             await late.result(30)
