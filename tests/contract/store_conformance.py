@@ -7,6 +7,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -57,6 +58,9 @@ def texts(records: list[Record]) -> list[str]:
 
 class StoreConformance(ABC):
     """Inherit it, and provide `open_store`."""
+
+    moves: ClassVar[bool] = True
+    """Whether a record takes the earlier place when it is added a second time with that."""
 
     @abstractmethod
     def open_store(
@@ -217,6 +221,36 @@ class StoreConformance(ABC):
         assert await store.add([before]) == [KNOWN]
         assert await store.delete(Scope("default", user), before_epoch=1) == 0
         assert texts(await store.list(Scope("default", user), offset=0, limit=9)) == ["tea"]
+
+    @pytest.mark.parametrize("more", [0, 600])  # with so many, it is in a segment of the index
+    async def test_of_the_same_record_twice_the_first_submitted_has_the_place(
+        self, store: MemoryStore, user: str, more: int
+    ) -> None:
+        if not self.moves:
+            pytest.skip("a record stands in this store where it came first")
+        first, again = (record(user, "two", order=n, record_id="k") for n in (2, 4))
+        others = [record(user, f"{text} words", order=n) for text, n in (("one", 1), ("three", 3))]
+        await self.stored(store, [record(user, "more", order=9 + n) for n in range(more)])
+        await self.stored(store, [*others, again])
+        scope = Scope("default", user)
+        await store.search(scope, "words", top_k=9, score_threshold=None)
+        assert await store.add([first, again]) == [KNOWN, KNOWN]
+        for each in (scope, Scope("default", user, "s")):
+            found = await store.list(each, offset=0, limit=3)
+            assert texts(found) == ["one words", "two", "three words"]
+            assert found[1] == first
+        hits = await store.search(scope, "two", top_k=1, score_threshold=None)
+        assert [hit.record for hit in hits] == [first]
+        assert await store.delete(scope, before_epoch=1) == 3 + more
+
+    async def test_what_a_delete_has_fenced_off_moves_nothing(
+        self, store: MemoryStore, user: str
+    ) -> None:
+        stays = record(user, order=4, epoch=1, record_id="k")
+        await store.add([stays])
+        await store.delete(Scope("default", user), before_epoch=1)
+        await store.add([replace(stays, order=stays.order - 1, epoch=0)])
+        assert await store.list(Scope("default", user), offset=0, limit=3) == [stays]
 
     async def test_what_was_submitted_before_a_delete_is_not_stored_after_it(
         self, store: MemoryStore, user: str

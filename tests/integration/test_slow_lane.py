@@ -322,7 +322,7 @@ class TestDeletion:
     async def test_another_sessions_adds_survive_it(
         self, client: MemoryClient, worker: Worker
     ) -> None:
-        old = await client.submit_add("ann", "until released old", "s")
+        await client.submit_add("ann", "until released old", "s")
         other = await client.submit_add("ann", "sleep 1 other", "t")
         await begun(client, 1)
         await client.delete_memory("ann", "s")

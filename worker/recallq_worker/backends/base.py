@@ -113,8 +113,10 @@ class MemoryStore(MemoryBackend, Protocol):
         """Stores records of any users; says what became of each.
 
         A record whose id is stored already stays as it is, but for its epoch, which becomes the
-        later of the two: a delete between them leaves it. One that a delete has fenced off (its
-        epoch is below the scope's fence) is not stored. All or some are stored when it raises.
+        later of the two: a delete between them leaves it. Its order key becomes the earlier of the
+        two, where a store can move a record: what was submitted first may come second. One that a
+        delete has fenced off (its epoch is below the scope's fence) is not stored. All or some are
+        stored when it raises.
         """
         ...
 

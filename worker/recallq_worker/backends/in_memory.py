@@ -42,6 +42,13 @@ class _User:
     def fenced(self, session_id: str, epoch: int) -> bool:
         return epoch < max(self.fence, self.session_fences.get(session_id, 0))
 
+    def insert(self, record: Record) -> None:
+        place = (record.order, record.record_id)
+        self.records[record.record_id] = record
+        insort(self.everything, place)
+        insort(self.sessions.setdefault(record.scope.session_id or "", []), place)
+        self.index.add(record)
+
     def remove(self, session_id: str, gone: set[_Place]) -> None:
         self.everything = [place for place in self.everything if place not in gone]
         left = [place for place in self.sessions[session_id] if place not in gone]
@@ -98,19 +105,21 @@ class InMemoryStore:
         scope = record.scope
         session_id = scope.session_id or ""
         user = self._users.setdefault((scope.tenant, scope.user_id), _User())
+        fenced = user.fenced(session_id, record.epoch)
         if (before := user.records.get(record.record_id)) is not None:
             if before.epoch < record.epoch:
                 # Submitted once more, under the same key, after a delete that is yet to come.
-                user.records[record.record_id] = replace(before, epoch=record.epoch)
+                before = user.records[record.record_id] = replace(before, epoch=record.epoch)
+            if record.order < before.order and not fenced:
+                # Or before it, and overtaken since by what was submitted after it.
+                user.remove(session_id, {(before.order, before.record_id)})
+                user.index.clean()
+                user.insert(replace(before, order=record.order))
             return Added.KNOWN
-        if user.fenced(session_id, record.epoch):
+        if fenced:
             return Added.FENCED
-        place = (record.order, record.record_id)
-        user.records[record.record_id] = record
-        insort(user.everything, place)
-        session = user.sessions.setdefault(session_id, [])
-        insort(session, place)
-        user.index.add(record)
+        user.insert(record)
+        session = user.sessions[session_id]
         if self._max_messages is not None and len(session) > self._max_messages:
             oldest = set(session[: -self._max_messages])
             user.remove(session_id, oldest)

@@ -149,10 +149,27 @@ local function add_all_of_a_user()
       flag = 'n'
     elseif value then
       flag = 'k'
+      local before, since, rest = string.match(value, '^%[(%d+),(-?%d+)(,.*)$')
       -- Submitted once more, under the same key, after a delete that is yet to come: it stays.
-      local before, rest = string.match(value, '^%[(%d+)(.*)$')
-      if before and tonumber(before) < epoch then
-        redis.call('HSET', records, id, '[' .. ARGV[at + 4] .. rest)
+      local later = before and tonumber(before) < epoch
+      -- Or before it, and overtaken since by what was submitted after it: its place is the first.
+      local moves = before and live and tonumber(place) < tonumber(since)
+      if later or moves then
+        redis.call('HSET', records, id, '[' .. (later and ARGV[at + 4] or before) .. ','
+                                            .. (moves and place or since) .. rest)
+      end
+      if moves then
+        redis.call('ZADD', order, place, id)
+        redis.call('ZADD', KEYS[places + i], place, id)
+        redis.call('HDEL', index, 'w')  -- who makes one may have passed that place
+        if redis.call('HEXISTS', entries, id) == 1 then
+          redis.call('HSET', entries, id, '')
+          next_generation()
+        else
+          redis.call('HDEL', index, 'v', 'g')
+          of_use = false
+        end
+        moved = true
       end
     end
     stored[n] = flag
@@ -199,8 +216,8 @@ local function add_all_of_a_user()
   if moved then
     newest_id, removed = newest(), redis.call('HLEN', gone)
   end
+  if of_use and (moved or next(touched)) then redis.call('HSET', index, 'n', newest_id) end
   if next(touched) then
-    if of_use then redis.call('HSET', index, 'n', newest_id) end
     -- Another worker, or this one before, may have been told to let memories expire.
     local all = {}
     if ttl > 0 or redis.call('PTTL', order) >= 0 then
