@@ -31,6 +31,8 @@ class WorkerInfo(BaseModel):
     lanes: list[Lane]
     concurrency: int
     started_at: float
+    http: str | None = None
+    """Where it answers /healthz, /readyz and /metrics, if it does."""
 
 
 class WorkerRegistry:

@@ -144,6 +144,7 @@ class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
 
     def start(self, worker: Any) -> None:
         if _forks(worker):
+            _check_port()
             return  # each child opens its own
         try:
             _open(worker.app, worker.concurrency)
@@ -161,6 +162,17 @@ class RuntimeStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has 
 
     def terminate(self, worker: Any) -> None:
         runtime.stop()
+
+
+def _check_port() -> None:
+    if worker_settings.current().http_port:
+        print(
+            "recallq worker: forked processes cannot share RECALLQ_HTTP_PORT; set it to 0, and "
+            "each takes a port that 'recallq status' tells",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(1)
 
 
 def _open(celery: Celery, concurrency: int) -> None:

@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from recallq.clock import FleetClock, keep_time
 from recallq.contract import Lane
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError, ServiceUnavailable
+from recallq.fleet import FleetState, look
 from recallq.keys import Keys
 from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
 from recallq.workers import SIGN_OF_LIFE_EVERY, WorkerInfo, WorkerRegistry
@@ -37,6 +38,7 @@ from recallq_worker.backends.base import (
 from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import WorkerLedger
+from recallq_worker.probes import Probes
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.runner import BatchRunner
 from recallq_worker.seclusion import Seclusion
@@ -49,12 +51,17 @@ from recallq_worker.slow_turn import Rules
 from recallq_worker.slow_work import Extraction, Indexing
 from recallq_worker.sweeper import Sweeper
 
+if TYPE_CHECKING:
+    from recallq_worker.metrics import Metrics
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _EXTRACTS = 30 * 24 * 3600
 """Seconds for which producers say what is on its way to workers that have not been there."""
+_LOOK_WITHIN = 2.0
+"""Seconds that a look at the fleet may take, of those that whoever asks for metrics waits."""
 
 
 @dataclass(slots=True)
@@ -92,6 +99,8 @@ class Runtime:
         self._clients: dict[str, RedisClient] = {}
         self._lease: OwnerLease | None = None
         self._background: list[asyncio.Task[None]] = []
+        self._metrics = self._make_metrics()
+        self._probes: Probes | None = None
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._serve, name="recallq-loop", daemon=True)
         self._serving = threading.Event()
@@ -103,15 +112,68 @@ class Runtime:
         self._thread.start()
         self._serving.wait()
         try:
+            self._listen()
             self.submit(self._open()).result()
         except BaseException:
             self.stop()
             raise
 
+    def _make_metrics(self) -> Metrics | None:
+        """None where nobody asks for them. Raises `MissingExtra`."""
+        if self.settings.http_port is None:
+            return None
+        try:
+            from recallq_worker.metrics import Metrics
+        except ImportError as error:
+            raise MissingExtra("the worker's /metrics", "worker") from error
+        return Metrics(
+            backend=self.settings.backend, version=version("recallq"), worker_id=self.worker_id
+        )
+
+    def _listen(self) -> None:
+        """From the start: alive, and not ready yet."""
+        settings, metrics = self.settings, self._metrics
+        if settings.http_port is not None and metrics is not None:
+            self._probes = Probes(
+                settings.http_host,
+                settings.http_port,
+                submit=self.submit,
+                trouble=self._trouble,
+                fleet=self._fleet,
+                text=metrics.text,
+            )
+
+    async def _trouble(self) -> str | None:
+        """Why this process cannot work now; None if it can."""
+        services = getattr(self, "services", None)
+        if services is None or not self._background:
+            return "starting"
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT):
+                for url, client in self._clients.items():
+                    async with asking(url, "Redis does not answer"):
+                        await client.ping()
+                health = await services.backend.health()
+        except RecallQError as error:
+            return str(error)
+        except TimeoutError:
+            return f"backend {self.settings.backend} does not answer"
+        return None if health.ok else f"backend {health.backend}: {health.detail}"
+
+    async def _fleet(self) -> FleetState | None:
+        coordination = self._clients.get(self.settings.coordination_url)
+        if coordination is not None:
+            with contextlib.suppress(*LOST, TimeoutError):
+                async with asyncio.timeout(_LOOK_WITHIN):
+                    return await look(coordination, self._keys)
+        return None
+
     def stop(self) -> None:
         """Closes everything and ends the loop."""
         with contextlib.suppress(concurrent.futures.TimeoutError):
             self.submit(self._close()).result(timeout=15 + self.settings.slow_patience)
+        if self._probes is not None:
+            self._probes.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=15)
 
@@ -205,6 +267,7 @@ class Runtime:
             retries=retries,
             pause=settings.slow_pause,
             seclusion=seclusion,
+            meter=self._metrics,
         )
         ledger = WorkerLedger(
             coordination,
@@ -254,11 +317,12 @@ class Runtime:
                 await coordination.delete(self._keys.extracts)  # nobody does any more
             await self._say_that_it_extracts(coordination)
         workers = WorkerRegistry(coordination, self._keys)
+        swept = None if self._metrics is None else self._metrics.swept
         self._background += [
             asyncio.create_task(_for_ever(lambda: self._sign(workers, coordination))),
             asyncio.create_task(_for_ever(lambda: keep_time(clock, coordination))),
             asyncio.create_task(_for_ever(runner.keep_leases)),
-            asyncio.create_task(_for_ever(Sweeper(ledger).sweep)),
+            asyncio.create_task(_for_ever(Sweeper(ledger, swept).sweep)),
         ]
         if slow_lane is not None:
             self._background.append(asyncio.create_task(_for_ever(slow_lane.work)))
@@ -295,6 +359,7 @@ class Runtime:
             lanes=self._lanes,
             concurrency=self._concurrency,
             started_at=time.time(),
+            http=None if self._probes is None else self._probes.address,
         )
         while True:
             try:

@@ -118,6 +118,23 @@ class Observer(Protocol):
         ...
 
 
+class Meter(Protocol):
+    """Who counts what runs."""
+
+    def ran(
+        self,
+        batch: AnyBatch,
+        ended: Mapping[int, Outcome],
+        *,
+        began: float,
+        ends: float | Mapping[int, float],
+        retried: int,
+    ) -> None:
+        """A run is over. `ended` has the outcomes of the jobs that came to their end in it, and
+        `ends` says when all or each did; `retried` others are to be tried again."""
+        ...
+
+
 @dataclass(slots=True)
 class _Run:
     """A batch while it runs."""
@@ -136,6 +153,8 @@ class _Run:
     """Who runs a job at this moment. Several jobs may be in one task."""
     stopped: set[int] = field(default_factory=set)
     """Jobs that were asked to stop."""
+    ends: dict[int, float] = field(default_factory=dict)
+    """When jobs came to an end that did not do so together."""
 
     def attempts(self, index: int) -> int:
         """How often a job was run before this run."""
@@ -159,6 +178,7 @@ class MemoryService:
         retries: RetryPolicy,
         pause: float = 0.0,
         seclusion: Seclusion | None = None,
+        meter: Meter | None = None,
     ) -> None:
         """`pause` in seconds: for how long an extraction waits for others to join it. `seclusion`
         is the process's own."""
@@ -174,6 +194,7 @@ class MemoryService:
         self._retries = retries
         self._runs: dict[str, _Run] = {}
         self._seclusion = seclusion or Seclusion()
+        self._meter = meter
 
     async def run(
         self, batch: AnyBatch, claim: Claim, result: BatchResult, observer: Observer
@@ -188,6 +209,8 @@ class MemoryService:
         result.outcomes += [None] * (len(batch.jobs) - len(result.outcomes))
         run = _Run(batch, claim, result, observer)
         self._runs[batch.id] = run
+        began = self._now()
+        before = {} if claim.first or self._meter is None else _settled(result)
         try:
             if claim.handed_over:
                 await self._collect(run)
@@ -211,6 +234,17 @@ class MemoryService:
             return None
         finally:
             self._runs.pop(batch.id, None)
+            if self._meter is not None:
+                self._measure(self._meter, run, began, before)
+
+    def _measure(
+        self, meter: Meter, run: _Run, began: float, before: Mapping[int, Outcome]
+    ) -> None:
+        ended, now = _settled(run.result), self._now()
+        for index in before:
+            del ended[index]
+        ends = {index: run.ends.get(index, now) for index in ended} if run.ends else now
+        meter.ran(run.batch, ended, began=began, ends=ends, retried=len(run.errors))
 
     async def _open_jobs(self, run: _Run) -> tuple[list[int], list[int]]:
         """Those to be run now, and those for the slow lane, of which only that lane can say what
@@ -445,6 +479,8 @@ class MemoryService:
                 # It may have waited long for its turn. What was begun is past expiring.
                 late = None if begun else self._lateness(run.batch.jobs[index])
                 done = late or await self._run_one(run, index)
+            if self._meter is not None:
+                run.ends[index] = self._now()
             await self._settle(run, index, done)
 
         async with asyncio.TaskGroup() as group:
@@ -546,6 +582,15 @@ class MemoryService:
         if self._indexes:
             outcome.state = JobState.STORED
         return outcome
+
+
+def _settled(result: BatchResult) -> dict[int, Outcome]:
+    """The jobs that have come to their end."""
+    return {
+        index: outcome
+        for index, outcome in enumerate(result.outcomes)
+        if outcome is not None and outcome.state.settled
+    }
 
 
 def _stored(record: Record) -> dict[str, Any]:

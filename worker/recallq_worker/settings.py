@@ -69,6 +69,12 @@ class WorkerSettings(ClientSettings):
     """Memory for copies of users' vectors in each worker that searches Redis by meaning: those of
     a user who has more are read again for every search."""
 
+    http_port: int | None = Field(None, ge=0, le=65535)
+    """Where each worker process answers /healthz, /readyz and /metrics; 0 takes a free port, which
+    `recallq status` tells. None opens none, and nothing is measured."""
+    http_host: str = "127.0.0.1"
+    """The address at which it does."""
+
     store_url: str = Field("", repr=False)
     """The Redis in which the redis backend keeps memories; redis_url by default."""
     store_ttl: int | None = Field(None, ge=1)

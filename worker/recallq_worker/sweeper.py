@@ -12,6 +12,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Callable
 
 from recallq.contract import Lane
 from recallq.redis_client import COMMAND_TIMEOUT, LOST
@@ -30,8 +31,12 @@ _SHORTEST_NAP = 0.02
 class Sweeper:
     """Sweeps for the fleet, in one worker process."""
 
-    def __init__(self, ledger: WorkerLedger) -> None:
+    def __init__(
+        self, ledger: WorkerLedger, swept: Callable[[str, int], None] | None = None
+    ) -> None:
+        """`swept` is told of batches that were sent again, and why."""
         self._ledger = ledger
+        self._swept = swept or (lambda why, batches: None)
 
     async def sweep(self) -> None:
         """Sends what is due or lost; for ever."""
@@ -76,8 +81,10 @@ class Sweeper:
         taken = await self._ledger.take_over()
         if taken:
             log.warning("%d batches of workers that are gone are run again", taken)
+            self._swept("taken_over", taken)
         if send:
             for lane in Lane:
                 lost = await self._ledger.send_again(lane)
                 if lost:
                     log.warning("%d lost messages of lane %s are sent again", lost, lane.value)
+                    self._swept("lost", lost)

@@ -1,0 +1,188 @@
+"""What a worker tells those who watch over it: alive, ready, and what it has done."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from recallq import BackendError, MemoryClient
+from recallq.embedded import EmbeddedRedis
+from tests.support import Worker, eventually
+
+StartWorker = Callable[..., Worker]
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture
+async def client(redis_url: str, namespace: str) -> AsyncIterator[MemoryClient]:
+    async with MemoryClient(redis_url, namespace=namespace, timeout=30) as memory:
+        yield memory
+
+
+def ask(address: str, path: str, method: str = "GET") -> tuple[int, str]:
+    request = urllib.request.Request(f"http://{address}{path}", method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+async def addresses(client: MemoryClient) -> list[str]:
+    return [each.http for each in await client.workers() if each.http is not None]
+
+
+async def scraped(address: str) -> Samples:
+    status, text = await asyncio.to_thread(ask, address, "/metrics")
+    assert status == 200, text
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(samples: Samples, name: str, **labels: Any) -> float:
+    return samples.get((name, frozenset(labels.items())), 0.0)
+
+
+async def test_jobs_are_counted_and_timed(client: MemoryClient, start_worker: StartWorker) -> None:
+    await asyncio.to_thread(start_worker, http_port=0)
+    await asyncio.gather(*(client.add_memory(f"u{n % 7}", f"tea {n}") for n in range(50)))
+    for _ in range(3):
+        await client.search_memory("u1", "tea")
+    await (await client.submit_add("u1", "milk", lane="bulk")).result(30)
+    (address,) = await addresses(client)
+    samples = await scraped(address)
+    adds = {"operation": "add", "lane": "live"}
+    assert value(samples, "recallq_jobs_total", **adds, outcome="succeeded") == 50
+    for phase in ("queued", "run", "total"):
+        count = value(samples, "recallq_job_seconds_count", **adds, phase=phase)
+        assert count == value(samples, "recallq_job_seconds_bucket", **adds, phase=phase, le="+Inf")
+        assert count == 50
+    total = value(samples, "recallq_job_seconds_sum", **adds, phase="total")
+    parts = [value(samples, "recallq_job_seconds_sum", **adds, phase=p) for p in ("queued", "run")]
+    assert 0 < total == pytest.approx(sum(parts), rel=0.01)
+    assert value(samples, "recallq_batch_jobs_sum", **adds) == 50
+    assert 1 <= value(samples, "recallq_batch_jobs_count", **adds) <= 50
+    searches = {"operation": "search", "lane": "live", "outcome": "succeeded"}
+    assert value(samples, "recallq_jobs_total", **searches) == 3
+    assert value(samples, "recallq_settled_jobs_total", lane="live") == 53
+    assert value(samples, "recallq_accepted_jobs_total", lane="bulk") == 1
+    assert value(samples, "recallq_workers", lane="live") == 1
+    assert value(samples, "recallq_coordination_up") == 1
+    assert value(samples, "recallq_outstanding_jobs", lane="live") == 0
+    assert value(samples, "process_resident_memory_bytes") > 1e6
+
+
+async def test_every_process_counts_its_own(
+    client: MemoryClient, start_worker: StartWorker
+) -> None:
+    await asyncio.gather(
+        *(asyncio.to_thread(start_worker, http_port=0, lanes=lane) for lane in ("live", "bulk"))
+    )
+    await client.add_memory("u", "one")
+    await client.add_memory("u", "two", lane="bulk")
+    await client.add_memory("u", "three", lane="bulk")
+    both = [await scraped(address) for address in await addresses(client)]
+    for lane, count in (("live", 1), ("bulk", 2)):
+        labels = {"operation": "add", "lane": lane, "outcome": "succeeded"}
+        counted = [value(samples, "recallq_jobs_total", **labels) for samples in both]
+        assert sorted(counted) == [0, count]
+        told = {value(samples, "recallq_settled_jobs_total", lane=lane) for samples in both}
+        assert told == {count}  # what the fleet shares, each tells
+
+
+async def test_what_waits_and_what_went_wrong(
+    client: MemoryClient, start_worker: StartWorker
+) -> None:
+    await asyncio.to_thread(
+        start_worker, http_port=0, lanes="live", backend="slow_redis", retry_base=0.05
+    )
+    (address,) = await addresses(client)
+    with pytest.raises(BackendError):
+        await client.add_memory("ann", "refuse this")
+    await client.submit_add("ann", "nobody takes this", lane="bulk")
+    await asyncio.sleep(0.3)
+    samples = await scraped(address)
+    dead = {"operation": "add", "lane": "live"}
+    assert value(samples, "recallq_jobs_total", **dead, outcome="dead") == 1
+    assert value(samples, "recallq_dead_letters_total", **dead) == 1
+    assert value(samples, "recallq_kept_dead_letters") == 1
+    assert value(samples, "recallq_outstanding_jobs", lane="bulk") == 1
+    assert value(samples, "recallq_queued_batches", lane="bulk") == 1
+    assert value(samples, "recallq_oldest_queued_seconds", lane="bulk") >= 0.3
+
+
+async def test_ready_is_who_can_work(namespace: str) -> None:
+    with EmbeddedRedis() as redis:
+        worker = Worker(redis.url, namespace=namespace, http_port=0)
+        await asyncio.to_thread(worker.start)
+        try:
+            async with MemoryClient(redis.url, namespace=namespace) as client:
+                (address,) = await addresses(client)
+            assert ask(address, "/readyz") == (200, "ok\n")
+            assert ask(address, "/healthz") == (200, "ok\n")
+            assert ask(address, "/healthz", "HEAD") == (200, "")
+            assert ask(address, "/other")[0] == 404
+            assert ask(address, "/healthz", "POST")[0] == 405
+            redis.stop()
+
+            async def unready() -> bool:
+                status, said = await asyncio.to_thread(ask, address, "/readyz")
+                return status == 503 and "Redis" in said
+
+            await eventually(unready)
+            assert ask(address, "/healthz") == (200, "ok\n")  # restarting it would not help
+            samples = await scraped(address)
+            assert value(samples, "recallq_coordination_up") == 0
+        finally:
+            await asyncio.to_thread(worker.close)
+
+
+async def test_a_port_that_is_taken(start_worker: StartWorker) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        worker = start_worker(ready=False, http_port=taken.getsockname()[1])
+
+        async def ended() -> bool:
+            return not worker.is_alive()
+
+        await eventually(ended)
+    assert "RECALLQ_HTTP_PORT" in worker.output
+    assert "Traceback" not in worker.output
+
+
+async def test_without_a_port_nothing_listens(
+    client: MemoryClient, start_worker: StartWorker
+) -> None:
+    worker = await asyncio.to_thread(start_worker)
+    await client.add_memory("u", "tea")
+    assert await addresses(client) == []
+    worker.signal(signal.SIGTERM)
+
+
+async def test_what_is_told_is_what_the_page_says(
+    client: MemoryClient, start_worker: StartWorker
+) -> None:
+    await asyncio.to_thread(start_worker, http_port=0, backend="slow_redis", retry_base=0.05)
+    (address,) = await addresses(client)
+    with pytest.raises(BackendError):
+        await client.add_memory("ann", "refuse this")
+    _, text = ask(address, "/metrics")
+    told = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in text_string_to_metric_families(text)
+        if family.name.startswith("recallq_")
+    }
+    page = (Path(__file__).parents[2] / "deploy" / "metrics.md").read_text()
+    assert told == set(re.findall(r"^\| `(recallq_\w+)`", page, re.MULTILINE))

@@ -1,0 +1,224 @@
+"""What a worker process tells Prometheus: what became of the jobs it ran, and how the fleet stands.
+
+Each process counts for itself and is asked by itself, so nothing is shared between processes. What
+they share is in Redis, and each tells the same of it, as it is at that moment: take the maximum
+over workers.
+
+Times are entered a batch at a time, for an observation by itself costs a good microsecond, and a
+job has three.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter as Tally
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from recallq.contract import AnyBatch, JobState, Outcome
+from recallq.fleet import FleetState
+
+_SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+)  # fmt: skip
+_JOBS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nobody reads
+
+
+class Histogram(Collector):
+    """A Prometheus histogram that takes many values at once."""
+
+    def __init__(
+        self, name: str, about: str, labels: Sequence[str], bounds: Sequence[float]
+    ) -> None:
+        self._name, self._about, self._labels = name, about, tuple(labels)
+        self._bounds = np.array(bounds, dtype=np.float64)
+        self._counts: dict[tuple[str, ...], np.ndarray] = defaultdict(
+            lambda: np.zeros(len(bounds) + 1, dtype=np.int64)
+        )
+        self._sums: dict[tuple[str, ...], float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    def enter(self, labels: tuple[str, ...], values: np.ndarray) -> None:
+        """Observes all of them. For any thread."""
+        places = self._bounds.searchsorted(values)
+        counts = np.bincount(places, minlength=len(self._bounds) + 1)
+        total = float(values.sum())
+        with self._lock:
+            self._counts[labels] += counts
+            self._sums[labels] += total
+
+    def describe(self) -> Iterator[Metric]:
+        yield HistogramMetricFamily(self._name, self._about, labels=self._labels)
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._about, labels=self._labels)
+        with self._lock:
+            found = [
+                (labels, counts.cumsum().tolist(), self._sums[labels])
+                for labels, counts in self._counts.items()
+            ]
+        names = [*map(repr, self._bounds.tolist()), "+Inf"]
+        for labels, cumulated, total in found:
+            family.add_metric(labels, list(zip(names, cumulated, strict=True)), total)
+        yield family
+
+
+class Metrics:
+    """One process's registry."""
+
+    def __init__(self, *, backend: str, version: str, worker_id: str) -> None:
+        self._registry = CollectorRegistry()
+        self._jobs = Counter(
+            "recallq_jobs", "Jobs that came to their end in this process.",
+            ["operation", "lane", "outcome"], registry=self._registry,
+        )  # fmt: skip
+        self._retries = Counter(
+            "recallq_retries", "Times that a job was put off for another attempt.",
+            ["operation", "lane"], registry=self._registry,
+        )  # fmt: skip
+        self._dead = Counter(
+            "recallq_dead_letters", "Jobs of this process that became dead letters.",
+            ["operation", "lane"], registry=self._registry,
+        )  # fmt: skip
+        self._swept = Counter(
+            "recallq_swept_batches",
+            "Batches that this process sent again: taken_over from a worker that is gone, or lost "
+            "between queue and worker.",
+            ["why"], registry=self._registry,
+        )  # fmt: skip
+        for why in ("taken_over", "lost"):
+            self._swept.labels(why)
+        self._seconds = Histogram(
+            "recallq_job_seconds",
+            "Of jobs: queued from submission to their run, run, and total from submission to their "
+            "end.",
+            ["operation", "lane", "phase"], _SECONDS,
+        )  # fmt: skip
+        self._batches = Histogram(
+            "recallq_batch_jobs", "Jobs of a batch that was run.", ["operation", "lane"], _JOBS
+        )
+        for collector in (self._seconds, self._batches):
+            self._registry.register(collector)
+        about = {"backend": backend, "version": version, "worker": worker_id}
+        Info("recallq_worker", "This worker.", registry=self._registry).info(about)
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
+
+    def ran(
+        self,
+        batch: AnyBatch,
+        ended: Mapping[int, Outcome],
+        *,
+        began: float,
+        ends: float | Mapping[int, float],
+        retried: int,
+    ) -> None:
+        """A run of a batch is over. `ended` has the jobs that came to their end in it, and `ends`
+        says when each did; times are on the coordination Redis's clock."""
+        operation, lane = batch.operation.value, batch.lane.value
+        self._batches.enter((operation, lane), np.array([len(batch.jobs)]))
+        if retried:
+            self._retries.labels(operation, lane).inc(retried)
+        if not ended:
+            return
+        for state, count in Tally([outcome.state for outcome in ended.values()]).items():
+            self._jobs.labels(operation, lane, state.value).inc(count)
+            if state is JobState.DEAD:
+                self._dead.labels(operation, lane).inc(count)
+        jobs = batch.jobs
+        submitted = np.array([jobs[index].submitted_at for index in ended])
+        done: float | np.ndarray = (
+            ends if isinstance(ends, float) else np.array([ends[index] for index in ended])
+        )
+        for phase, seconds in (
+            ("queued", began - submitted),
+            ("run", done - began + np.zeros(len(ended))),
+            ("total", done - submitted),
+        ):
+            self._seconds.enter((operation, lane, phase), np.maximum(seconds, 0.0))
+
+    def swept(self, why: str, batches: int) -> None:
+        """Batches were sent again."""
+        self._swept.labels(why).inc(batches)
+
+    def text(self, fleet: FleetState | None) -> bytes:
+        """Everything, in Prometheus's text format; `fleet` is None if Redis does not answer."""
+        told = CollectorRegistry()
+        told.register(_Fleet(fleet))
+        return generate_latest(self._registry) + generate_latest(told)
+
+
+class _Fleet(Collector):
+    """How the fleet stands."""
+
+    def __init__(self, state: FleetState | None) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state
+        yield GaugeMetricFamily(
+            "recallq_coordination_up", "Whether the coordination Redis answers.",
+            value=float(state is not None),
+        )  # fmt: skip
+        if state is None:
+            return
+        accepted = CounterMetricFamily(
+            "recallq_accepted_jobs", "Jobs that the fleet has accepted.", labels=["lane"]
+        )
+        settled = CounterMetricFamily(
+            "recallq_settled_jobs",
+            "Jobs of the fleet that have settled.",
+            labels=["lane"],
+        )
+        outstanding = GaugeMetricFamily(
+            "recallq_outstanding_jobs", "Jobs accepted and not settled.", labels=["lane"]
+        )
+        queued = GaugeMetricFamily(
+            "recallq_queued_batches", "Batches that no worker has begun.", labels=["lane"]
+        )
+        oldest = GaugeMetricFamily(
+            "recallq_oldest_queued_seconds", "Age of the oldest of these; 0 if there is none.",
+            labels=["lane"],
+        )  # fmt: skip
+        workers = GaugeMetricFamily(
+            "recallq_workers", "Worker processes that take the lane.", labels=["lane"]
+        )
+        for each in state.lanes:
+            lane = [each.lane.value]
+            accepted.add_metric(lane, each.accepted)
+            settled.add_metric(lane, each.settled)
+            outstanding.add_metric(lane, each.outstanding)
+            queued.add_metric(lane, each.queued)
+            oldest.add_metric(lane, each.oldest or 0.0)
+            workers.add_metric(lane, each.workers)
+        yield from (accepted, settled, outstanding, queued, oldest, workers)
+        for name, about, value in (
+            ("recallq_leases", "Batches that a worker holds under a lease.", state.running),
+            ("recallq_delayed_batches", "Batches put off, or in the slow lane.", state.delayed),
+            ("recallq_slow_users", "Users with writes in the slow lane.", state.extracting),
+            ("recallq_indexing_batches", "Batches stored, not yet searchable.", state.indexing),
+            ("recallq_kept_dead_letters", "Dead letters that are kept.", state.dead_letters),
+        ):
+            yield GaugeMetricFamily(name, about, value=float(value))
