@@ -36,6 +36,7 @@ from prometheus_client.registry import Collector
 
 from recallq.contract import AnyBatch, JobState, Outcome
 from recallq.fleet import FleetState
+from recallq_worker.model_usage import EMBEDDING_USAGE, LLM_USAGE
 
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
@@ -89,6 +90,7 @@ class Metrics:
 
     def __init__(self, *, backend: str, version: str, worker_id: str) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(_Models(backend))
         self._jobs = Counter(
             "recallq_jobs", "Jobs that came to their end in this process.",
             ["operation", "lane", "outcome"], registry=self._registry,
@@ -168,6 +170,37 @@ class Metrics:
         told = CollectorRegistry()
         told.register(_Fleet(fleet))
         return generate_latest(self._registry) + generate_latest(told)
+
+
+class _Models(Collector):
+    """What was asked of models, LLMs and embedding models."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def collect(self) -> Iterator[Metric]:
+        calls = CounterMetricFamily(
+            "recallq_model_calls", "Requests to models.", labels=["backend", "kind", "outcome"]
+        )
+        tokens = CounterMetricFamily(
+            "recallq_model_tokens",
+            "Tokens of these, as far as the provider tells.",
+            labels=["backend", "kind", "direction"],
+        )
+        texts = CounterMetricFamily(
+            "recallq_embedded_texts",
+            "Texts that became vectors: by asking the model, or from a cache.",
+            labels=["backend", "source"],
+        )
+        for kind, usage in (("llm", LLM_USAGE), ("embedding", EMBEDDING_USAGE)):
+            calls.add_metric([self._backend, kind, "ok"], usage.succeeded)
+            calls.add_metric([self._backend, kind, "error"], usage.failed)
+            tokens.add_metric([self._backend, kind, "input"], usage.input_tokens)
+            tokens.add_metric([self._backend, kind, "output"], usage.output_tokens)
+        asked = EMBEDDING_USAGE.texts - EMBEDDING_USAGE.cached_texts
+        texts.add_metric([self._backend, "model"], asked)
+        texts.add_metric([self._backend, "cache"], EMBEDDING_USAGE.cached_texts)
+        yield from (calls, tokens, texts)
 
 
 class _Fleet(Collector):
