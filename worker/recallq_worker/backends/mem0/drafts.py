@@ -236,10 +236,11 @@ def count_tokens(client: Any) -> None:
     """
     if not isinstance(client, openai.OpenAI):
         return
-    for resource, usage in (
+    resources: tuple[tuple[Any, ModelUsage], ...] = (
         (client.chat.completions, LLM_USAGE),
         (client.embeddings, EMBEDDING_USAGE),
-    ):
+    )
+    for resource, usage in resources:
 
         def create(
             *args: Any, ask: Any = resource.create, usage: ModelUsage = usage, **kwargs: Any
