@@ -95,6 +95,8 @@ class Job(BaseModel):
     submitted_at: float
     deadline: float | None = None
     """Not begun after this moment."""
+    trace: str | None = None
+    """Of the span of the call that made it, if it is traced: a W3C ``traceparent``."""
 
     @property
     def weight(self) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from recallq import tracing
 from recallq.clock import FleetClock, keep_time
 from recallq.contract import Lane
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError, ServiceUnavailable
@@ -101,6 +102,8 @@ class Runtime:
         self._background: list[asyncio.Task[None]] = []
         self._metrics = self._make_metrics()
         self._probes: Probes | None = None
+        self._exports: Any = tracing.export("recallq-worker") if settings.traces else None
+        self._tracer = tracing.Tracer() if settings.traces else None
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._serve, name="recallq-loop", daemon=True)
         self._serving = threading.Event()
@@ -176,6 +179,8 @@ class Runtime:
             self._probes.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=15)
+        if self._exports is not None:
+            self._exports.shutdown()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Runs a coroutine on the loop; to be called from other threads."""
@@ -268,6 +273,7 @@ class Runtime:
             pause=settings.slow_pause,
             seclusion=seclusion,
             meter=self._metrics,
+            tracer=self._tracer,
         )
         ledger = WorkerLedger(
             coordination,
@@ -282,7 +288,7 @@ class Runtime:
         )
         slow_lane = None
         patient = RetryPolicy(settings.slow_attempts, settings.retry_base, settings.retry_cap)
-        rules = Rules(settings.slow_tokens, settings.slow_timeout, patient, clock.now)
+        rules = Rules(settings.slow_tokens, settings.slow_timeout, patient, clock.now, self._tracer)
         if Lane.SLOW not in self._lanes:
             pass  # another process works in it
         elif isinstance(memory, MemoryExtractor):

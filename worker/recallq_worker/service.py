@@ -49,6 +49,7 @@ from recallq.errors import (
     from_wire,
 )
 from recallq.models import made
+from recallq.tracing import JobSpans, Tracer
 from recallq_worker.backends.base import (
     Added,
     MemoryExtractor,
@@ -155,6 +156,8 @@ class _Run:
     """Jobs that were asked to stop."""
     ends: dict[int, float] = field(default_factory=dict)
     """When jobs came to an end that did not do so together."""
+    spans: JobSpans[int] | None = None
+    """Of those that are traced."""
 
     def attempts(self, index: int) -> int:
         """How often a job was run before this run."""
@@ -179,6 +182,7 @@ class MemoryService:
         pause: float = 0.0,
         seclusion: Seclusion | None = None,
         meter: Meter | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`pause` in seconds: for how long an extraction waits for others to join it. `seclusion`
         is the process's own."""
@@ -195,6 +199,7 @@ class MemoryService:
         self._runs: dict[str, _Run] = {}
         self._seclusion = seclusion or Seclusion()
         self._meter = meter
+        self._tracer = tracer
 
     async def run(
         self, batch: AnyBatch, claim: Claim, result: BatchResult, observer: Observer
@@ -211,6 +216,8 @@ class MemoryService:
         self._runs[batch.id] = run
         began = self._now()
         before = {} if claim.first or self._meter is None else _settled(result)
+        if self._tracer is not None:
+            run.spans = self._begin_spans(self._tracer, run)
         try:
             if claim.handed_over:
                 await self._collect(run)
@@ -236,6 +243,8 @@ class MemoryService:
             self._runs.pop(batch.id, None)
             if self._meter is not None:
                 self._measure(self._meter, run, began, before)
+            if run.spans is not None:
+                self._end_spans(run.spans, run)
 
     def _measure(
         self, meter: Meter, run: _Run, began: float, before: Mapping[int, Outcome]
@@ -245,6 +254,29 @@ class MemoryService:
             del ended[index]
         ends = {index: run.ends.get(index, now) for index in ended} if run.ends else now
         meter.ran(run.batch, ended, began=began, ends=ends, retried=len(run.errors))
+
+    def _begin_spans(self, tracer: Tracer, run: _Run) -> JobSpans[int] | None:
+        batch, outcomes = run.batch, run.result.outcomes
+        open_jobs = {
+            index: job
+            for index, job in enumerate(batch.jobs)
+            if job.trace is not None
+            and not ((outcome := outcomes[index]) is not None and outcome.state.settled)
+        }
+        more = {
+            "recallq.batch": batch.id,
+            "recallq.batch_jobs": len(batch.jobs),
+            "recallq.delivery": run.claim.deliveries,
+        }
+        return tracer.running(f"recallq.run {batch.operation.value}", open_jobs, more)
+
+    def _end_spans(self, spans: JobSpans[int], run: _Run) -> None:
+        for index, outcome in _settled(run.result).items():
+            code = None if outcome.error is None else str(outcome.error.get("code"))
+            spans.ended(index, outcome.state.value, code)
+        for index, error in run.errors.items():
+            spans.ended(index, "put_off", error.code)
+        spans.over("to_the_slow_lane")
 
     async def _open_jobs(self, run: _Run) -> tuple[list[int], list[int]]:
         """Those to be run now, and those for the slow lane, of which only that lane can say what
@@ -516,7 +548,10 @@ class MemoryService:
         assert task is not None
         run.tasks |= dict.fromkeys(indexes, task)
         try:
-            return await work()
+            if run.spans is None:
+                return await work()
+            with run.spans.calling(f"{self._backend.name}.{run.batch.operation.value}", indexes):
+                return await work()
         except asyncio.CancelledError:
             if task.cancelling() != 1 or not run.stopped.issuperset(indexes):
                 raise  # it is the whole worker that is to stop
