@@ -34,7 +34,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from recallq.contract import AnyBatch, JobState, Outcome
+from recallq.contract import AnyBatch, Job, JobState, Lane, Operation, Outcome
+from recallq.errors import JobError
 from recallq.fleet import FleetState
 from recallq_worker.model_usage import EMBEDDING_USAGE, LLM_USAGE
 
@@ -86,7 +87,7 @@ class Histogram(Collector):
 
 
 class Metrics:
-    """One process's registry."""
+    """One process's registry; a `recallq_worker.meters.Meter`."""
 
     def __init__(self, *, backend: str, version: str, worker_id: str) -> None:
         self._registry = CollectorRegistry()
@@ -135,14 +136,9 @@ class Metrics:
         *,
         began: float,
         ends: float | Mapping[int, float],
-        retried: int,
     ) -> None:
-        """A run of a batch is over. `ended` has the jobs that came to their end in it, and `ends`
-        says when each did; times are on the coordination Redis's clock."""
         operation, lane = batch.operation.value, batch.lane.value
         self._batches.enter((operation, lane), np.array([len(batch.jobs)]))
-        if retried:
-            self._retries.labels(operation, lane).inc(retried)
         if not ended:
             return
         for state, count in Tally([outcome.state for outcome in ended.values()]).items():
@@ -160,6 +156,9 @@ class Metrics:
             ("total", done - submitted),
         ):
             self._seconds.enter((operation, lane, phase), np.maximum(seconds, 0.0))
+
+    def put_off(self, operation: Operation, lane: Lane, job: Job, error: JobError) -> None:
+        self._retries.labels(operation.value, lane.value).inc()
 
     def swept(self, why: str, batches: int) -> None:
         """Batches were sent again."""

@@ -39,6 +39,7 @@ from recallq_worker.backends.base import (
 from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import WorkerLedger
+from recallq_worker.meters import JobLog, Meter
 from recallq_worker.probes import Probes
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.runner import BatchRunner
@@ -264,6 +265,9 @@ class Runtime:
         memory = cast("MemoryStore | MemoryExtractor", backend.from_settings(settings))
         retries = RetryPolicy(settings.retry_attempts, settings.retry_base, settings.retry_cap)
         seclusion = Seclusion()
+        meters: list[Meter] = [] if self._metrics is None else [self._metrics]
+        if JobLog.is_wanted():
+            meters.append(JobLog())
         service = MemoryService(
             memory,
             now=clock.now,
@@ -272,7 +276,7 @@ class Runtime:
             retries=retries,
             pause=settings.slow_pause,
             seclusion=seclusion,
-            meter=self._metrics,
+            meters=meters,
             tracer=self._tracer,
         )
         ledger = WorkerLedger(
@@ -288,7 +292,9 @@ class Runtime:
         )
         slow_lane = None
         patient = RetryPolicy(settings.slow_attempts, settings.retry_base, settings.retry_cap)
-        rules = Rules(settings.slow_tokens, settings.slow_timeout, patient, clock.now, self._tracer)
+        rules = Rules(
+            settings.slow_tokens, settings.slow_timeout, patient, clock.now, self._tracer, meters
+        )
         if Lane.SLOW not in self._lanes:
             pass  # another process works in it
         elif isinstance(memory, MemoryExtractor):

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import orjson
 
-from recallq.contract import AddJob, never_begun
+from recallq.contract import AddJob, Lane, Operation, never_begun
 from recallq.errors import (
     BackendUnavailable,
     InternalError,
@@ -35,6 +35,7 @@ from recallq.errors import (
 from recallq.tracing import Tracer
 from recallq_worker.backends.base import REPEATABLE, Extracted, Submission, Superseded
 from recallq_worker.insistence import insistently
+from recallq_worker.meters import Meter
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import (
@@ -75,6 +76,7 @@ class Rules:
     retries: RetryPolicy
     now: Callable[[], float]
     tracer: Tracer | None = None
+    meters: Sequence[Meter] = ()
 
 
 class ActiveTurn:
@@ -463,6 +465,9 @@ class ActiveTurn:
         job.due = now + wait
         self.postponed.append(job)
         self.delay = max(self.delay, wait)
+        operation = Operation.ADD if isinstance(job.job, AddJob) else Operation.DELETE
+        for meter in self._rules.meters:
+            meter.put_off(operation, Lane.SLOW, job.job, error)
 
     def _secluded(self) -> contextlib.AbstractAsyncContextManager[None]:
         """For a part of the turn that is to run alone, if the turn is suspicious."""
