@@ -41,18 +41,21 @@ def _set_up(logger: logging.Logger, **_: Any) -> None:
 
 
 def told_of(error: BaseException) -> str:
-    """An error with its causes as a traceback has them, without their words."""
-    lines: list[str] = []
+    """An error as a traceback has it, its causes first, without their words."""
+    told: list[str] = []
     seen: set[int] = set()
     each: BaseException | None = error
     while each is not None and id(each) not in seen:
         seen.add(id(each))
         stack = "".join(traceback.format_tb(each.__traceback__))
-        lines.append(f"{type(each).__module__}.{type(each).__qualname__}, raised at:\n{stack}")
-        if isinstance(each, BaseExceptionGroup):
-            lines += [told_of(inner) for inner in each.exceptions]
+        inner = each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+        name = f"{type(each).__module__}.{type(each).__qualname__}"
+        told.append(
+            f"Traceback (most recent call last):\n{stack}{name} (its words are not logged)"
+            + "".join(f"\none of its errors:\n{told_of(one)}" for one in inner)
+        )
         each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
-    return "because of: ".join(line.rstrip() + "\n" for line in lines).rstrip()
+    return "\nled to:\n".join(reversed(told))
 
 
 class TextFormatter(logging.Formatter):
