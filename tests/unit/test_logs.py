@@ -17,13 +17,17 @@ def secret() -> None:
     raise ValueError(WORDS[0])
 
 
+def fail() -> None:
+    try:
+        secret()
+    except ValueError as error:
+        error.add_note(WORDS[1])
+        raise RuntimeError(WORDS[2]) from error
+
+
 def failing() -> RuntimeError:
     with pytest.raises(RuntimeError) as raised:
-        try:
-            secret()
-        except ValueError as error:
-            error.add_note(WORDS[1])
-            raise RuntimeError(WORDS[2]) from error
+        fail()
     return raised.value
 
 
