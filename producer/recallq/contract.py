@@ -347,9 +347,12 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
     EXPIRED = "expired"
 
-    @property
-    def settled(self) -> bool:
-        return self not in (JobState.QUEUED, JobState.RUNNING, JobState.STORED)
+    settled: bool
+    """Whether a job has come to its end. Asked for each job several times, so it is no property."""
+
+
+for _state in JobState:
+    _state.settled = _state not in (JobState.QUEUED, JobState.RUNNING, JobState.STORED)
 
 
 class StoredMessage(BaseModel):
