@@ -11,28 +11,16 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace import SpanContext
 
 from recallq import BackendError, MemoryClient
 from recallq.tracing import user_digest
 from tests.integration.test_slow_lane import EXTRACTOR
 from tests.loopback.otlp_collector import OtlpCollector, SentSpan
+from tests.sampling import Sometimes
 from tests.support import Shell, Worker, eventually
 
 StartWorker = Callable[..., Worker]
-
-
-class Sometimes(Sampler):
-    """Samples while it is told to."""
-
-    rate = 1.0
-
-    def should_sample(self, *args: Any, **kwargs: Any) -> SamplingResult:
-        return ParentBased(TraceIdRatioBased(self.rate)).should_sample(*args, **kwargs)
-
-    def get_description(self) -> str:
-        return "sometimes"
 
 
 SAMPLER = Sometimes()
