@@ -25,7 +25,6 @@ from recallq.errors import (
     JobCancelled,
     JobError,
     JobExpired,
-    NewerProtocol,
     ResultWithdrawn,
     UndecodableJob,
     UnknownJob,
@@ -259,6 +258,11 @@ def encode_batch(batch: Batch[Any]) -> str:
     """The JSON string that the Celery message carries. Messages in it are encoded only once."""
     jobs = [job.__dict__ for job in batch.jobs]
     return orjson.dumps({**batch.__dict__, "jobs": jobs}).decode()
+
+
+class NewerProtocol(UndecodableJob):
+    """The batch speaks a newer version of the protocol, so a newer worker may be able to read it:
+    it is left to those, and no caller sees this."""
 
 
 def decode_batch(payload: object) -> AnyBatch:

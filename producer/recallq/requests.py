@@ -108,6 +108,7 @@ class Requests:
             scope=scope,
             submitted_at=submitted_at,
             deadline=deadline,
+            trace=None,
             messages=cast("list[dict[str, Any]]", [orjson.Fragment(each) for each in encoded]),
             order=self._clock.next_order() if order is None else order,
             idempotency_key=idempotency_key,
@@ -151,6 +152,7 @@ class Requests:
             scope=scope,
             submitted_at=submitted_at,
             deadline=deadline,
+            trace=None,
             query=text,
             top_k=top_k,
             score_threshold=None if threshold is None else float(threshold),
@@ -177,6 +179,7 @@ class Requests:
             scope=scope,
             submitted_at=submitted_at,
             deadline=deadline,
+            trace=None,
             offset=(page_num - 1) * page_size,
             limit=page_size,
         )
@@ -202,6 +205,7 @@ class Requests:
             scope=scope,
             submitted_at=submitted_at,
             deadline=deadline,
+            trace=None,
             idempotency_key=idempotency_key,
         )
         return Request(self._lane(lane), Operation.DELETE, job)
@@ -214,7 +218,14 @@ class Requests:
         """To ask the memory backend how it is."""
         submitted_at, deadline = self._times(timeout)
         scope = Scope(self._settings.tenant, "")
-        job = made(HealthJob, id="", scope=scope, submitted_at=submitted_at, deadline=deadline)
+        job = made(
+            HealthJob,
+            id="",
+            scope=scope,
+            submitted_at=submitted_at,
+            deadline=deadline,
+            trace=None,
+        )
         return Request(Lane.LIVE, Operation.HEALTH, job)
 
     def is_early(self, wait: Wait | None) -> bool:

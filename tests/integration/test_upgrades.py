@@ -37,7 +37,7 @@ async def test_old_workers_leave_what_they_cannot_read_to_newer_ones(
     client: MemoryClient, start_worker: StartWorker, of_tomorrow: None
 ) -> None:
     old = await asyncio.to_thread(start_worker)
-    handles = [await client.submit_add("ann", f"line {n}") for n in range(20)]
+    handles = [await client.submit_add("ann", f"line {n}") for n in range(5)]
 
     async def left() -> bool:
         return "left to newer workers (protocol version 2" in old.output
@@ -47,7 +47,7 @@ async def test_old_workers_leave_what_they_cannot_read_to_newer_ones(
     new = await asyncio.to_thread(lambda: start_worker(backend="tomorrow"))
     for handle in handles:
         assert (await handle.result(60)).added == 1
-    assert await texts(client, "ann") == [f"line {n}" for n in range(20)]
+    assert await texts(client, "ann") == [f"line {n}" for n in range(5)]
     assert await client.dead_letters.count() == 0
     state = await client.transport.fleet()
     assert all(lane.outstanding == 0 for lane in state.lanes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Sequence
 from enum import Enum
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 
 _SUSPECTS_WAIT = 1.0
 """Seconds after which a suspicious batch asks again whether it may run here, or elsewhere."""
-_NEWER_MAY_COME = 5.0
-"""Seconds after which a batch that speaks a newer protocol is looked at again."""
+_NEWER_MAY_COME = (1.0, 5.0)
+"""Seconds after which a batch that speaks a newer protocol is looked at again: some time between,
+so that the same worker does not meet the same batch again and again."""
 _WARN_EVERY = 60.0
 """Seconds between two lines in the log that tell of such."""
 _FAREWELL = 3.0
@@ -176,7 +178,8 @@ class BatchRunner:
     async def leave(self, batch_id: str, reason: str) -> bool:
         """Leaves a batch that cannot be read here to newer workers, after a while, for as long as
         there are none. False if the ledger knows nothing of it."""
-        known = await insistently(lambda: self._ledger.leave(batch_id, _NEWER_MAY_COME))
+        delay = random.uniform(*_NEWER_MAY_COME)  # noqa: S311
+        known = await insistently(lambda: self._ledger.leave(batch_id, delay))
         now = time.monotonic()
         if known and now >= self._next_warning:
             self._next_warning = now + _WARN_EVERY

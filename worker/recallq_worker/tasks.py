@@ -16,8 +16,15 @@ from celery.exceptions import Ignore
 from celery.signals import task_postrun
 from celery.states import IGNORED
 
-from recallq.contract import PARTIAL, AnyBatch, BatchResult, Operation, decode_batch
-from recallq.errors import NewerProtocol, UndecodableJob, to_wire
+from recallq.contract import (
+    PARTIAL,
+    AnyBatch,
+    BatchResult,
+    NewerProtocol,
+    Operation,
+    decode_batch,
+)
+from recallq.errors import UndecodableJob, to_wire
 from recallq_worker import runtime
 from recallq_worker.runner import Settled
 
