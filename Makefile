@@ -38,7 +38,6 @@ format: $(READY) ## Format the code.
 	$(BIN)/ruff format .
 
 lock: $(READY) ## Choose the newest versions that fit, and write them down.
-	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 		--upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
 		--custom-compile-command 'make lock' --output-file requirements.lock --quiet

@@ -1,26 +1,22 @@
 """What of requirements.lock one image needs.
 
 The lock holds everything for all extras and for development. An image gets what its extras need,
-and nothing whose hash is not in the lock. pip does not know both at once, so there are two steps:
-it resolves with the lock's versions as constraints (`pip install --dry-run --report`), and installs
-the entries of what it found (`pip install --no-deps --require-hashes`).
+and nothing whose hash is not in the lock: which packages these are is found with the lock's
+versions as constraints, and what is installed are the lock's own entries of them.
 
-    python locked.py versions requirements.lock               # name==version lines, for constraints
-    python locked.py entries requirements.lock NAME ...       # the entries of these packages
-    python locked.py entries requirements.lock report.json    # of what pip reported
+    python locked.py versions requirements.lock                 # name==version, for constraints
+    python locked.py entries requirements.lock NAME ...         # the entries of these packages
+    python locked.py entries requirements.lock found.txt        # of those that a file names
 
 Needs nothing but the standard library, for it runs before anything is installed.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-
-PROJECT = "recallq"
 
 
 def normal(name: str) -> str:
@@ -52,10 +48,9 @@ def entries(lock: str, names: Iterable[str]) -> str:
     return "".join(f"{entry}\n" for name in wanted for entry in known[name])
 
 
-def reported(report: str) -> set[str]:
-    """The names of what pip would install, without the project itself."""
-    names = {normal(each["metadata"]["name"]) for each in json.loads(report)["install"]}
-    return names - {PROJECT}
+def named(requirements: str) -> set[str]:
+    """The packages that a file of requirements names, each with its version."""
+    return set(re.findall(r"^([A-Za-z0-9._-]+)==", requirements, re.MULTILINE))
 
 
 def main(what: str, lock: str, *names: str) -> None:
@@ -65,7 +60,7 @@ def main(what: str, lock: str, *names: str) -> None:
         return
     wanted: set[str] = set()
     for name in names:
-        wanted |= reported(Path(name).read_text()) if name.endswith(".json") else {name}
+        wanted |= named(Path(name).read_text()) if name.endswith(".txt") else {name}
     sys.stdout.write(entries(text, wanted))
 
 

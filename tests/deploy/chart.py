@@ -20,7 +20,9 @@ KUBERNETES = DEPLOY / "kubernetes"
 NAME = "recallq"
 """Of the release from which the plain manifests are made."""
 
-_HEAD = "# Made from the Helm chart by 'make manifests': change that, or patch this with Kustomize.\n"
+_HEAD = (
+    "# Made from the Helm chart by 'make manifests': change that, or patch this with Kustomize.\n"
+)
 
 MANIFESTS: Mapping[str, tuple[str, ...]] = {
     "base/recallq.yaml": (
@@ -70,7 +72,7 @@ def manifests() -> dict[str, str]:
 
 
 def settings_of_the_chart() -> list[str]:
-    """The variables that may be among the chart's values: no secrets, nothing that it sets itself."""
+    """What may be among the chart's values: no secrets, and nothing that it sets itself."""
     own = {"RECALLQ_HTTP_HOST", "RECALLQ_HTTP_PORT"}
     redis = {f"RECALLQ_{use}_URL" for use in ("REDIS", "BROKER", "COORDINATION", "RESULT", "STORE")}
     return sorted(variables(secret=False) - own - redis)

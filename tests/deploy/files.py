@@ -35,7 +35,7 @@ _SETTINGS: tuple[type[BaseSettings], ...] = (
 
 
 def variables(*, secret: bool = True) -> set[str]:
-    """The names of all RECALLQ_* variables; without those that hold secrets if `secret` is False."""
+    """The names of all RECALLQ_* variables; without `secret`, not those that hold one."""
     found = set()
     for settings in _SETTINGS:
         prefix = settings.model_config["env_prefix"]

@@ -1,8 +1,8 @@
 """Reads PromQL, and says what in it does not fit the metrics that there are.
 
-A query over a metric or a label that nobody tells is no error to Prometheus: it finds nothing, and a
-panel stays empty, an alert silent. So every selector is held against what is known, and so are the
-labels by which sums are split and sides are matched.
+A query over a metric or a label that nobody tells is no error to Prometheus: it finds nothing, a
+panel stays empty and an alert silent. So every selector is held against what is known, and so are
+the labels by which sums are split and sides are matched.
 """
 
 from __future__ import annotations

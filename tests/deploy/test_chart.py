@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Mapping
 from typing import Any
 
 import kubernetes_validate
 import pytest
-import tomllib
 import yaml
 
 from recallq_worker import probes, stopping
@@ -81,7 +81,7 @@ def test_keda_and_prometheus_take_it(whole: list[dict[str, Any]]) -> None:
     from cloudcoil.models.keda import v1alpha1 as keda
     from cloudcoil.models.prometheus_operator import v1 as prometheus
 
-    kinds = {
+    kinds: dict[str, Any] = {
         "ScaledObject": keda.ScaledObject,
         "PodMonitor": prometheus.PodMonitor,
         "PrometheusRule": prometheus.PrometheusRule,

@@ -1,4 +1,4 @@
-"""The compose file, as Docker Compose itself reads it: without an engine nothing more can be run."""
+"""The compose file, as Docker Compose itself reads it: that needs no engine."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def test_the_example_names_what_is_needed() -> None:
     assert needed == set(PASSWORDS)
     assert set(re.findall(r"^(\w+)=$", example, re.MULTILINE)) == needed
     told = set(re.findall(r"^#(\w+)=", example, re.MULTILINE))
-    known = set(re.findall(r"\$\{(\w+):-", text)) | set(re.findall(r"^ +(\w+):$", text, re.M))
+    known = set(re.findall(r"\$\{(\w+):-", text)) | set(
+        re.findall(r"^ +(\w+):$", text, re.MULTILINE)
+    )
     assert told <= known
 
 

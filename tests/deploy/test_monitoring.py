@@ -1,4 +1,4 @@
-"""Dashboard, alerts and scaling, against what a real worker tells and a real Prometheus understands."""
+"""Dashboard, alerts and scaling ask for what a real worker tells a real Prometheus."""
 
 from __future__ import annotations
 
@@ -170,7 +170,9 @@ def test_the_check_finds_mistakes(query: str, known: dict[str, Labels]) -> None:
 
 def test_everything_that_is_told_is_shown(known: dict[str, Labels]) -> None:
     shown = {name for query in queries() for name in names_in(query)}
-    told = {re.sub(r"_(bucket|sum|count)$", "", each) for each in known if each.startswith("recallq_")}
+    told = {
+        re.sub(r"_(bucket|sum|count)$", "", each) for each in known if each.startswith("recallq_")
+    }
     assert told == {re.sub(r"_(bucket|sum|count)$", "", each) for each in shown if each[0] == "r"}
 
 
@@ -214,7 +216,9 @@ def test_what_is_of_the_fleet_is_not_added_up() -> None:
     fleet = re.findall(r"^\| `(recallq_\w+)`", page, re.MULTILINE)
     everywhere = [*queries(), *scaling_queries(), *(each["expr"] for each in alerts())]
     for query in everywhere:
-        for summed in re.findall(r"\b(?:sum|avg)(?: by \([^)]*\))? ?\(([^()]*(?:\([^()]*\))?)", query):
+        for summed in re.findall(
+            r"\b(?:sum|avg)(?: by \([^)]*\))? ?\(([^()]*(?:\([^()]*\))?)", query
+        ):
             assert not any(name in summed for name in fleet), query
 
 
@@ -291,9 +295,7 @@ def test_prometheus_answers_keda(server: str) -> None:
 
 def test_prometheus_takes_the_rules(server: str) -> None:
     told = {
-        rule["name"]: rule
-        for group in ask(server, "rules")["groups"]
-        for rule in group["rules"]
+        rule["name"]: rule for group in ask(server, "rules")["groups"] for rule in group["rules"]
     }
     assert told.keys() == {rule.get("alert", rule.get("record")) for rule in alerts() + records()}
     assert {rule["health"] for rule in told.values()} == {"ok"}
@@ -467,9 +469,7 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     ]
     file = tmp_path / "tests.yml"
     file.write_text(
-        yaml.safe_dump(
-            {"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": tests}
-        )
+        yaml.safe_dump({"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": tests})
     )
     promtool("test", "rules", str(file))
     assert {each["alert"] for each in alerts()} == {name for _, found in CASES for name in found}

@@ -65,7 +65,7 @@ def prometheus() -> str:
 
 
 def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
-    """The program in this environment; `fetch` puts what has it into a directory, if it is missing."""
+    """The program in this environment; `fetch` puts it into a directory if it is missing."""
     kept = _HOME / name
     if not kept.exists():
         # On the file system where it is kept, so that it is there at once or not at all.
