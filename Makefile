@@ -10,7 +10,7 @@ ARGS ?=
 # order of the files, for otherwise classes of few tests come last, and these take the longest.
 AT_ONCE ?= -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test chaos bench check format lock clean help
+.PHONY: demo test chaos bench check format lock manifests clean help
 
 help: ## Show this.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -38,10 +38,12 @@ format: $(READY) ## Format the code.
 	$(BIN)/ruff format .
 
 lock: $(READY) ## Choose the newest versions that fit, and write them down.
-	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 		--upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
 		--custom-compile-command 'make lock' --output-file requirements.lock --quiet
+
+manifests: $(READY) ## Make the plain Kubernetes manifests from the Helm chart.
+	$(BIN)/python -m tests.deploy.chart
 
 clean: ## Remove what the others made.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

@@ -69,7 +69,7 @@ def worker(
             # Chatter between workers that nobody here listens to; it costs Redis and CPU.
             "--without-gossip",
             "--without-mingle",
-            "--without-heartbeat",
+            *([] if settings.events else ["--without-heartbeat"]),
             f"--hostname={name or f'recallq-{os.getpid()}@%h'}",
             "--queues=" + ",".join(lane.queue(settings.namespace) for lane in wanted),
         ],

@@ -80,7 +80,8 @@ def configuration(settings: WorkerSettings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         # A Redis that is full or read-only for a while is no reason to end.
         "broker_channel_error_retry": True,
-        "broker_pool_limit": 4,
+        # Flower asks eight things at once, each of which takes a connection and then another.
+        "broker_pool_limit": 10,
         "task_queues": [_queue(lane.queue(namespace)) for lane in Lane],
         "task_default_queue": Lane.LIVE.queue(namespace),
         "task_create_missing_queues": False,
@@ -106,7 +107,7 @@ def configuration(settings: WorkerSettings) -> dict[str, Any]:
         # Fleets on one Redis must not hear each other's remote control, nor other Celery apps'.
         "control_exchange": f"{namespace}.control",
         "event_exchange": f"{namespace}.events",
-        "worker_send_task_events": False,
+        "worker_send_task_events": settings.events,
         # The ready line is for supervisors and people, not for the log.
         "worker_redirect_stdouts": False,
         "worker_proc_alive_timeout": 60.0,

@@ -77,6 +77,9 @@ class WorkerSettings(ClientSettings):
     `recallq status` tells. None opens none, and nothing is measured."""
     http_host: str = "127.0.0.1"
     """The address at which it does."""
+    events: bool = False
+    """Whether workers tell of each batch, and that they live, in Celery's events: Flower lives on
+    these. They say nothing of what is in a batch."""
 
     store_url: str = Field("", repr=False)
     """The Redis in which the redis backend keeps memories; redis_url by default."""
