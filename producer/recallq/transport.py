@@ -45,7 +45,15 @@ from recallq.errors import (
 from recallq.fleet import FleetState, look
 from recallq.keys import Keys
 from recallq.ledger import LedgerEntry, ProducerLedger
-from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
+from recallq.redis_client import (
+    COMMAND_TIMEOUT,
+    LOST,
+    RedisClient,
+    asking,
+    connect,
+    is_denied,
+    reason_of,
+)
 from recallq.settings import ClientSettings
 from recallq.workers import WorkerInfo, WorkerRegistry
 
@@ -308,7 +316,8 @@ class Transport:
                             self._on_reply(message["data"])
             except LOST as error:
                 if not told:  # once an outage
-                    log.warning("lost the result channel (%s); reconnecting", type(error).__name__)
+                    why = reason_of(error) if is_denied(error) else type(error).__name__
+                    log.warning("lost the result channel (%s); reconnecting", why)
                 told = True
             finally:
                 await redis.aclose(close_connection_pool=True)

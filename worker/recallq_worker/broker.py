@@ -43,7 +43,7 @@ from kombu.utils.json import dumps, loads
 from recallq.contract import BatchResult
 from recallq.envelope import LISTED
 from recallq.errors import ConfigurationError, UndecodableJob, to_wire
-from recallq.redis_client import LOST
+from recallq.redis_client import LOST, NO_INTRODUCTION, tls_options
 from recallq_worker import runtime
 
 log = logging.getLogger(__name__)
@@ -242,6 +242,10 @@ class Channel(redis.Channel):
     _in_poll: Any
     QoS = QoS
     Message = Message
+
+    def _connparams(self, *args: Any, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super()._connparams(*args, **options)
+        return found | tls_options(found) | NO_INTRODUCTION
 
     def _brpop_read(self, **options: Any) -> bool:
         # Kombu's own, but for what it does with bytes that are no message.

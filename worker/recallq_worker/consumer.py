@@ -32,7 +32,7 @@ from celery.worker.state import (
 )
 from kombu.utils.json import dumps
 
-from recallq.redis_client import LOST
+from recallq.redis_client import LOST, is_denied, reason_of
 from recallq_worker import runtime
 from recallq_worker.broker import Message, batch_id_of, explain
 
@@ -101,6 +101,8 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
             bound_open_broker_sockets(self.connection, COLLECT_SOCKET_TIMEOUT)
             channel.finish_reading()
             self._held += channel.qos.let_go()
+        if is_denied(exc):
+            log.error("Redis refuses what the worker needs: %s", reason_of(exc))
         super().on_connection_error_after_connected(exc)
         if time.monotonic() - self._connected_at < _PAUSE:
             time.sleep(_PAUSE)  # it answers, but refuses: read-only after a failover, say
@@ -129,7 +131,11 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
             nonlocal lost_at
             if lost_at is None:
                 lost_at = time.monotonic()
-                log.error("cannot connect to %s: %s; trying until it answers", conn.as_uri(), error)
+                log.error(
+                    "cannot connect to %s: %s; trying until it answers",
+                    conn.as_uri(),
+                    reason_of(error),
+                )
 
         conn.ensure_connection(
             tell,

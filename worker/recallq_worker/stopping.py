@@ -24,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from recallq.redis_client import NO_INTRODUCTION
 from recallq_worker import runtime
 from recallq_worker import settings as worker_settings
 
@@ -81,6 +82,7 @@ def _answers(url: str) -> bool:
         socket_timeout=_ANSWER_WITHIN,
         socket_connect_timeout=_ANSWER_WITHIN,
         retry=Retry(NoBackoff(), 0),
+        **NO_INTRODUCTION,
     )
     try:
         return bool(client.ping())
