@@ -7,12 +7,14 @@ is fetched by apt, as any user and without installing it, and kept for the next 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -110,6 +112,20 @@ def _apt(arguments: list[str], directory: Path) -> int:
     return subprocess.run(
         ["apt-get", *arguments], cwd=directory, capture_output=True, timeout=100, check=False
     ).returncode
+
+
+RULES = Path(__file__).parents[1] / "deploy/redis/users.acl"
+"""The users that the documentation tells to make."""
+ADMIN, CLIENT, WORKER = "recallq-admin", "recallq-client", "recallq-worker"
+
+
+def users_file(directory: Path, *, password: str) -> Path:
+    """The users as documented, in a file for a server; all have one password."""
+    digest = sha256(password.encode()).hexdigest()
+    rules = re.sub("#[A-Z]+_PASSWORD_SHA256", f"#{digest}", RULES.read_text())
+    path = directory / "users.acl"
+    path.write_text(rules)
+    return path
 
 
 class Certificates:

@@ -239,6 +239,10 @@ class Runtime:
             async with asking(url, "cannot start the worker"):
                 await client.ping()
         coordination = self._clients[settings.coordination_url]
+        broker = self._clients[settings.broker_url]
+        async with asking(settings.broker_url, "cannot start the worker"):
+            for lane in self._lanes:  # a client's user may put messages there, and no more
+                await broker.llen(lane.queue(settings.namespace))
         clock = FleetClock()
         async with asking(settings.coordination_url, "cannot read the time"):
             await clock.calibrate(coordination)
@@ -271,7 +275,7 @@ class Runtime:
         )
         ledger = WorkerLedger(
             coordination,
-            self._clients[settings.broker_url],
+            broker,
             self._clients[settings.result_url],
             self._keys,
             self.worker_id,
