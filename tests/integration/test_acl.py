@@ -83,16 +83,17 @@ once = pytest.mark.parametrize("guarded", ["tls"], indirect=True)
 
 
 async def use(url: str, hound: str = "hound") -> None:
+    user = f"a friend of the {hound}"
     async with MemoryClient(url, timeout=PATIENCE) as client:
-        assert (await client.add_memory("ann", "my dog barks", "s")).added == 1
+        assert (await client.add_memory(user, "my dog barks", "s")).added == 1
         for lane in ("live", "bulk"):
-            await client.add_memory("ann", "tea", "s", idempotency_key="k", lane=lane)
-        assert [each.text for each in await client.list_memory("ann")] == ["my dog barks", "tea"]
-        assert (await client.search_memory("ann", hound))[0].text == "my dog barks"
-        deleted = await client.submit_delete("ann", "s", idempotency_key="k")
+            await client.add_memory(user, "tea", "s", idempotency_key="k", lane=lane)
+        assert [each.text for each in await client.list_memory(user)] == ["my dog barks", "tea"]
+        assert (await client.search_memory(user, hound))[0].text == "my dog barks"
+        deleted = await client.submit_delete(user, "s", idempotency_key="k")
         assert (await deleted.result(PATIENCE)).removed == 2
         assert await deleted.status() is JobState.SUCCEEDED
-        assert (await client.delete_memory("ann")).removed == 0
+        assert (await client.delete_memory(user)).removed == 0
         await (await client.submit_add("bob", "coffee")).cancel()
         assert await client.health(timeout=PATIENCE)
 
