@@ -57,6 +57,7 @@ class Worker:
         namespace: str = "recallq",
         backend: str = "redis",
         lanes: str = "live,bulk,slow",
+        log_level: str = "WARNING",
         environment: Mapping[str, str] | None = None,
         directory: Path | None = None,
         **settings: str | float,
@@ -65,7 +66,7 @@ class Worker:
         self.url = url
         self.namespace = namespace
         self.backend = backend
-        self._lanes = lanes
+        self._arguments = ["--lanes", lanes, "--log-level", log_level]
         variables = {
             "RECALLQ_REDIS_URL": url,
             "RECALLQ_NAMESPACE": namespace,
@@ -91,7 +92,7 @@ class Worker:
     def launch(self) -> None:
         """Starts the process without waiting."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "recallq_worker", "worker", "--lanes", self._lanes],
+            [sys.executable, "-m", "recallq_worker", "worker", *self._arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,

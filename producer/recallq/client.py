@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ from recallq.handle import JobHandle
 from recallq.messages import Message, MessageLike, returning
 from recallq.requests import Filters, Request, Requests
 from recallq.settings import ClientSettings
+from recallq.tracing import Tracer
 from recallq.transport import Transport, Waiter
 from recallq.workers import WorkerInfo
 
@@ -75,6 +77,7 @@ class MemoryClient:
             settings = settings.changed(redis_url=url, **overrides)
         self.settings = settings
         self._returning = returning(message_type)
+        self._tracer = Tracer() if settings.traces else None
         self._transport: Transport | None = None
         self._requests: Requests
         self._batcher: Batcher
@@ -423,8 +426,23 @@ class MemoryClient:
         outcome = await self._outcome(request, timeout)
         return self._result_of(outcome, request.job.id, early=False)
 
-    async def _outcome(self, request: Request, timeout: float, *, early: bool = False) -> Outcome:
+    def _outcome(
+        self, request: Request, timeout: float, *, early: bool = False
+    ) -> Coroutine[Any, Any, Outcome]:
         """Sends a job and waits until it has settled, or with `early` until it is stored."""
+        if self._tracer is None:
+            return self._untraced(request, timeout, early=early)
+        return self._traced(self._tracer, request, timeout, early=early)
+
+    async def _traced(
+        self, tracer: Tracer, request: Request, timeout: float, *, early: bool
+    ) -> Outcome:
+        with tracer.sending(request.operation, request.lane, request.job) as sent:
+            outcome = await self._untraced(request, timeout, early=early)
+            sent.settled(outcome)
+        return outcome
+
+    async def _untraced(self, request: Request, timeout: float, *, early: bool) -> Outcome:
         loop = asyncio.get_running_loop()
         slots = self._in_flight[request.operation.writes]
         deadline = loop.time() + timeout
@@ -459,8 +477,12 @@ class MemoryClient:
 
     async def _submit(self, request: Request) -> JobHandle:
         """Sends a job and returns once it is accepted."""
-        async with self._in_flight[request.operation.writes]:
-            await self._put(request, wait=False).answer
+        traced: AbstractContextManager[object] = contextlib.nullcontext()
+        if self._tracer is not None:
+            traced = self._tracer.sending(request.operation, request.lane, request.job)
+        with traced:
+            async with self._in_flight[request.operation.writes]:
+                await self._put(request, wait=False).answer
         return JobHandle(self, request.job.id)
 
     def _put(self, request: Request, *, wait: bool, early: bool = False) -> Draft:

@@ -25,6 +25,7 @@ from recallq.errors import (
     JobCancelled,
     JobError,
     JobExpired,
+    NewerProtocol,
     ResultWithdrawn,
     UndecodableJob,
     UnknownJob,
@@ -32,6 +33,10 @@ from recallq.errors import (
 )
 
 PROTOCOL_VERSION = 1
+"""What clients write, in every batch. A worker leaves a batch of a newer version to newer workers,
+so workers are upgraded before clients."""
+OLDEST_PROTOCOL = 1
+"""The oldest that workers still read. They answer as they were asked."""
 
 DEFAULT_NAMESPACE = "recallq"
 DEFAULT_TENANT = "default"
@@ -95,6 +100,8 @@ class Job(BaseModel):
     submitted_at: float
     deadline: float | None = None
     """Not begun after this moment."""
+    trace: str | None = None
+    """Of the span of the call that made it, if it is traced: a W3C ``traceparent``."""
 
     @property
     def weight(self) -> int:
@@ -227,7 +234,13 @@ def make_batch(
     for index, job in enumerate(jobs):
         job.id = f"{batch_id}-{index}"
     return _BATCHES[operation].model_construct(
-        id=batch_id, lane=lane, operation=operation, backend=backend, listed=True, jobs=jobs
+        v=PROTOCOL_VERSION,
+        id=batch_id,
+        lane=lane,
+        operation=operation,
+        backend=backend,
+        listed=True,
+        jobs=jobs,
     )
 
 
@@ -245,11 +258,12 @@ def fields_of(value: Any) -> dict[str, Any]:
 def encode_batch(batch: Batch[Any]) -> str:
     """The JSON string that the Celery message carries. Messages in it are encoded only once."""
     jobs = [job.__dict__ for job in batch.jobs]
-    return orjson.dumps({"v": PROTOCOL_VERSION, **batch.__dict__, "jobs": jobs}).decode()
+    return orjson.dumps({**batch.__dict__, "jobs": jobs}).decode()
 
 
 def decode_batch(payload: object) -> AnyBatch:
-    """The batch in a Celery message's argument. Raises `UndecodableJob`, saying why."""
+    """The batch in a Celery message's argument. Raises `UndecodableJob`, saying why, and
+    `NewerProtocol` if a newer worker may be able to read it."""
     if not isinstance(payload, str):
         raise UndecodableJob(f"expected a JSON string, got {type(payload).__name__}")
     try:
@@ -274,8 +288,15 @@ def _version_of(payload: str) -> object:
 
 
 def _check_version(version: object) -> None:
-    if version != PROTOCOL_VERSION:
-        raise UndecodableJob(f"protocol version {version!r}; this worker speaks {PROTOCOL_VERSION}")
+    if isinstance(version, int) and OLDEST_PROTOCOL <= version <= PROTOCOL_VERSION:
+        return
+    spoken = f"{PROTOCOL_VERSION}"
+    if OLDEST_PROTOCOL < PROTOCOL_VERSION:
+        spoken = f"{OLDEST_PROTOCOL} to {PROTOCOL_VERSION}"
+    kind = UndecodableJob
+    if isinstance(version, int) and version > PROTOCOL_VERSION:
+        kind = NewerProtocol
+    raise kind(f"protocol version {version!r}; this worker speaks {spoken}")
 
 
 # --- ids ----------------------------------------------------------------------------------------
@@ -326,9 +347,12 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
     EXPIRED = "expired"
 
-    @property
-    def settled(self) -> bool:
-        return self not in (JobState.QUEUED, JobState.RUNNING, JobState.STORED)
+    settled: bool
+    """Whether a job has come to its end. Asked for each job several times, so it is no property."""
+
+
+for _state in JobState:
+    _state.settled = _state not in (JobState.QUEUED, JobState.RUNNING, JobState.STORED)
 
 
 class StoredMessage(BaseModel):

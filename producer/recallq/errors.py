@@ -19,6 +19,7 @@
             ├── BackendUnavailable            the memory backend cannot be reached or is overloaded
             ├── WrongBackend                  the worker runs another backend than the job asked for
             ├── UndecodableJob                the worker could not read the message
+            │   └── NewerProtocol             ... but a newer worker may; no caller sees it
             ├── WorkerLost                    whichever worker ran it died of it
             └── InternalError                 a defect in RecallQ itself
 
@@ -160,6 +161,11 @@ class UndecodableJob(JobFailed):
     """The worker could not read the message; it is kept among the dead letters."""
 
     code = "undecodable"
+
+
+class NewerProtocol(UndecodableJob):
+    """The message speaks a newer version of the protocol than the worker, which leaves it to newer
+    workers."""
 
 
 class WorkerLost(JobFailed):

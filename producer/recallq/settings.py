@@ -59,6 +59,10 @@ class ClientSettings(BaseSettings):
     max_page_size: int = Field(10_000, ge=1)
     """Most records one list or search may ask for."""
 
+    traces: bool = False
+    """Whether calls, and the jobs that come of them, are traced with OpenTelemetry; see
+    `recallq.tracing`. Needs the extra ``traces``."""
+
     batch_max_jobs: int = Field(64, ge=1, le=10_000)
     batch_max_bytes: int = Field(512 * 1024, ge=1024)
     batch_max_records: int = Field(2_000, ge=1)

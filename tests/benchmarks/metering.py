@@ -1,7 +1,8 @@
-"""``python -m tests.benchmarks.metering``: what being watched costs a worker.
+"""``python -m tests.benchmarks.metering``: what being watched costs.
 
-Two workers on one Redis, one of them with its port open and asked for its metrics every second, do
-the same in turns. Read the ratios.
+Workers on one Redis do the same in turns: one that nobody watches, one that is asked for its
+metrics every second, and two whose clients trace one call in a hundred, or each. Read the ratios;
+the throughput's has the client's part in it.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from recallq import MemoryClient
 from tests.benchmarks.speed.stack import processor_time, running, server
 from tests.benchmarks.speed.works import query, text
+from tests.loopback.otlp_collector import OtlpCollector
+from tests.sampling import Sometimes
 from tests.support import Worker
 
 _IN_FLIGHT = 200
 _USERS = 50
 _SCRAPE_EVERY = 1.0
+_SAMPLED = {"traces-1-percent": 0.01, "traces-all": 1.0}
 
 
 async def _scraped(address: str) -> None:
@@ -61,17 +69,23 @@ async def _do(call: Callable[[int], Awaitable[object]], times: int) -> None:
     await asyncio.gather(*(caller() for _ in range(_IN_FLIGHT)))
 
 
-async def _measure(url: str, workers: dict[str, Worker], rounds: int, times: int) -> None:
+async def _measure(
+    url: str, workers: dict[str, Worker], sampler: Sometimes, rounds: int, times: int
+) -> None:
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     spent: dict[tuple[str, str], list[float]] = defaultdict(list)
     async with contextlib.AsyncExitStack() as stack:
         clients = {
-            name: await stack.enter_async_context(MemoryClient(url, namespace=name))
+            name: await stack.enter_async_context(
+                MemoryClient(url, namespace=name, traces=name in _SAMPLED)
+            )
             for name in workers
         }
         for number in range(rounds + 1):  # the first is not counted
-            for name in sorted(workers, reverse=bool(number % 2)):
+            order = list(workers)
+            for name in order[number % len(order) :] + order[: number % len(order)]:
                 client, pid = clients[name], workers[name].pid
+                sampler.rate = _SAMPLED.get(name, 0.0)
 
                 async def add(n: int, client: MemoryClient = client, number: int = number) -> None:
                     await client.add_memory(f"user-{number}-{n % _USERS}", text(n))
@@ -88,13 +102,14 @@ async def _measure(url: str, workers: dict[str, Worker], rounds: int, times: int
                         if number:
                             seconds[work, name].append(time.perf_counter() - began)
                             spent[work, name].append(processor_time(pid) - before)
-    print("| work | unmeasured, us of the worker | measured | ratio | throughput, ratio |")
+    print("| work | watched by | us of the worker | ratio | throughput, ratio |")
     print("|---|---|---|---|---|")
     for work in ("adds", "searches"):
-        bare, full = (median(spent[work, name]) / times * 1e6 for name in ("bare", "measured"))
-        cost = _ratio(spent[work, "measured"], spent[work, "bare"])
-        rate = _ratio(seconds[work, "bare"], seconds[work, "measured"])
-        print(f"| {work} | {bare:.0f} | {full:.0f} | {cost:.3f} | {rate:.3f} |")
+        for name in workers:
+            each = median(spent[work, name]) / times * 1e6
+            cost = _ratio(spent[work, name], spent[work, "nothing"])
+            rate = _ratio(seconds[work, "nothing"], seconds[work, name])
+            print(f"| {work} | {name} | {each:.0f} | {cost:.3f} | {rate:.3f} |")
 
 
 def _ratio(these: list[float], those: list[float]) -> float:
@@ -106,13 +121,26 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 25,
     times: Annotated[int, typer.Option(min=100, help="Calls of each kind in a round.")] = 2000,
 ) -> None:
-    with server() as redis:
+    sampler = Sometimes()
+    provider = TracerProvider(sampler=sampler)
+    provider.add_span_processor(BatchSpanProcessor(InMemorySpanExporter()))
+    trace.set_tracer_provider(provider)
+    with server() as redis, OtlpCollector() as collector:
+
+        def worker(name: str, **settings: Any) -> Worker:
+            return Worker(redis.url, namespace=name, **settings)
+
+        traced = {
+            "traces": True,
+            "environment": {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url},
+        }
         workers = {
-            "bare": Worker(redis.url, namespace="bare"),
-            "measured": Worker(redis.url, namespace="measured", http_port=0),
+            "nothing": worker("nothing"),
+            "metrics": worker("metrics", http_port=0),
+            **{name: worker(name, **traced) for name in _SAMPLED},
         }
         with running(list(workers.values())):
-            asyncio.run(_measure(redis.url, workers, rounds, times))
+            asyncio.run(_measure(redis.url, workers, sampler, rounds, times))
 
 
 if __name__ == "__main__":

@@ -6,54 +6,24 @@ import asyncio
 import re
 import signal
 import socket
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from recallq import BackendError, MemoryClient
 from recallq.embedded import EmbeddedRedis
+from tests.scraping import addresses, ask, scraped, value
 from tests.support import Worker, eventually
 
 StartWorker = Callable[..., Worker]
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 @pytest.fixture
 async def client(redis_url: str, namespace: str) -> AsyncIterator[MemoryClient]:
     async with MemoryClient(redis_url, namespace=namespace, timeout=30) as memory:
         yield memory
-
-
-def ask(address: str, path: str, method: str = "GET") -> tuple[int, str]:
-    request = urllib.request.Request(f"http://{address}{path}", method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=20) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-async def addresses(client: MemoryClient) -> list[str]:
-    return [each.http for each in await client.workers() if each.http is not None]
-
-
-async def scraped(address: str) -> Samples:
-    status, text = await asyncio.to_thread(ask, address, "/metrics")
-    assert status == 200, text
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def value(samples: Samples, name: str, **labels: Any) -> float:
-    return samples.get((name, frozenset(labels.items())), 0.0)
 
 
 async def test_jobs_are_counted_and_timed(client: MemoryClient, start_worker: StartWorker) -> None:

@@ -13,7 +13,7 @@ import json
 import re
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +76,10 @@ class OpenAIServer(LoopbackServer):
         """
         self.remembered_roles: tuple[str, ...] = ("user",)
         """Whose messages become memories."""
+        self.counts_streams = True
+        """Whether it knows how to tell what a streamed answer used; else it refuses to be asked."""
+        self.spent: Counter[str] = Counter()
+        """Tokens that it has told: ``embedding``, ``prompt``, ``completion``."""
         self._embedded: list[str] = []
         self._ids = itertools.count(1)
 
@@ -152,6 +156,7 @@ class OpenAIServer(LoopbackServer):
                 vector = base64.b64encode(packed).decode()
             data.append({"object": "embedding", "index": index, "embedding": vector})
         used = sum(tokens(text) for text in texts)
+        self.spent["embedding"] += used
         return as_response(
             {
                 "object": "list",
@@ -212,6 +217,11 @@ class OpenAIServer(LoopbackServer):
             "created": int(time.time()),
             "model": body.get("model"),
         }
+        if body.get("stream_options") and not self.counts_streams:
+            raise HttpFailure(
+                400, "Unrecognized request argument supplied: stream_options", code="unknown"
+            )
+        self.spent.update(prompt=prompt, completion=completion)
         if body.get("stream"):
             return await self._stream(request, body, base, answer, usage)
         message = {"role": "assistant", "content": answer.content, "refusal": None}

@@ -169,9 +169,9 @@ def test_any_adds_are_read_as_they_were_written(
 def test_fields_of_a_newer_version_that_change_nothing_are_let_pass(operation: Operation) -> None:
     """A newer client may say more, as long as it speaks the same protocol version."""
     payload = payload_of(operation)
-    payload["trace"] = {"id": "x"}
+    payload["mood"] = {"id": "x"}
     for job in payload["jobs"]:
-        job["trace"] = "x"
+        job["mood"] = "x"
     assert decode_batch(orjson.dumps(payload).decode()) == decode_batch(
         encode_batch(batch_of(operation))
     )

@@ -22,7 +22,7 @@ from kombu.entity import Exchange, Queue
 from recallq.contract import Lane
 from recallq.errors import RecallQError
 from recallq.redis_client import COMMAND_TIMEOUT, tls_options
-from recallq_worker import broker, consumer, runtime, tasks
+from recallq_worker import broker, consumer, logs, runtime, tasks
 from recallq_worker import settings as worker_settings
 from recallq_worker.settings import WorkerSettings
 from recallq_worker.stopping import StopDeadline
@@ -36,6 +36,7 @@ READY_PROMPT = "recallq worker ready"
 def make_app(settings: WorkerSettings) -> Celery:
     """The app for one set of settings. Connects to nothing."""
     broker.install()
+    logs.install()
     consumer.quieten()
     app = Celery("recallq_worker", set_as_current=True)
     app.conf.update(configuration(settings))

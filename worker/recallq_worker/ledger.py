@@ -428,6 +428,14 @@ class WorkerLedger:
         )
         await self.push([pushed] if pushed else [])
 
+    async def leave(self, batch_id: str, delay: float) -> bool:
+        """Hands back a batch that was delivered here, for another to run after `delay` seconds.
+        False if it is not outstanding."""
+        state = (await self._try_to_claim(batch_id))[0]
+        if state == b"claimed":
+            await self.release(batch_id, delay)
+        return bool(state != b"unknown")
+
     @property
     def script_arguments(self) -> list[str]:
         """What scripts that push batches take: push here (1/0), and the prefixes of queued sets,

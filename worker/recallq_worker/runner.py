@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from enum import Enum
 from functools import partial
@@ -31,6 +32,10 @@ log = logging.getLogger(__name__)
 
 _SUSPECTS_WAIT = 1.0
 """Seconds after which a suspicious batch asks again whether it may run here, or elsewhere."""
+_NEWER_MAY_COME = 5.0
+"""Seconds after which a batch that speaks a newer protocol is looked at again."""
+_WARN_EVERY = 60.0
+"""Seconds between two lines in the log that tell of such."""
 _FAREWELL = 3.0
 """Seconds that handing a batch back may take when the process stops."""
 
@@ -67,6 +72,7 @@ class BatchRunner:
         self._slow_lane = slow_lane
         self._held: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
+        self._next_warning = 0.0
 
     async def run(self, batch: AnyBatch, result: BatchResult) -> Settled | Left:
         """Runs `batch`, entering outcomes into `result` as they come.
@@ -166,6 +172,18 @@ class BatchRunner:
         return NextRun(
             postponed.delay, {"at": self._clock.now(), "errors": errors}, postponed.waiting
         )
+
+    async def leave(self, batch_id: str, reason: str) -> bool:
+        """Leaves a batch that cannot be read here to newer workers, after a while, for as long as
+        there are none. False if the ledger knows nothing of it."""
+        known = await insistently(lambda: self._ledger.leave(batch_id, _NEWER_MAY_COME))
+        now = time.monotonic()
+        if known and now >= self._next_warning:
+            self._next_warning = now + _WARN_EVERY
+            log.warning(
+                "batch %s is left to newer workers (%s); upgrade this one", batch_id, reason
+            )
+        return known
 
     def done(self, batch_id: str) -> None:
         """The batch's result is stored, or will never be."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from recallq import tracing
 from recallq.clock import FleetClock, keep_time
 from recallq.contract import Lane
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError, ServiceUnavailable
@@ -38,6 +39,7 @@ from recallq_worker.backends.base import (
 from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import WorkerLedger
+from recallq_worker.meters import JobLog, Meter
 from recallq_worker.probes import Probes
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.runner import BatchRunner
@@ -101,6 +103,8 @@ class Runtime:
         self._background: list[asyncio.Task[None]] = []
         self._metrics = self._make_metrics()
         self._probes: Probes | None = None
+        self._exports: Any = tracing.export("recallq-worker") if settings.traces else None
+        self._tracer = tracing.Tracer() if settings.traces else None
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._serve, name="recallq-loop", daemon=True)
         self._serving = threading.Event()
@@ -176,6 +180,8 @@ class Runtime:
             self._probes.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=15)
+        if self._exports is not None:
+            self._exports.shutdown()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Runs a coroutine on the loop; to be called from other threads."""
@@ -263,6 +269,9 @@ class Runtime:
         memory = cast("MemoryStore | MemoryExtractor", backend.from_settings(settings))
         retries = RetryPolicy(settings.retry_attempts, settings.retry_base, settings.retry_cap)
         seclusion = Seclusion()
+        meters: list[Meter] = [] if self._metrics is None else [self._metrics]
+        if JobLog.is_wanted():
+            meters.append(JobLog())
         service = MemoryService(
             memory,
             now=clock.now,
@@ -271,7 +280,8 @@ class Runtime:
             retries=retries,
             pause=settings.slow_pause,
             seclusion=seclusion,
-            meter=self._metrics,
+            meters=meters,
+            tracer=self._tracer,
         )
         ledger = WorkerLedger(
             coordination,
@@ -286,7 +296,9 @@ class Runtime:
         )
         slow_lane = None
         patient = RetryPolicy(settings.slow_attempts, settings.retry_base, settings.retry_cap)
-        rules = Rules(settings.slow_tokens, settings.slow_timeout, patient, clock.now)
+        rules = Rules(
+            settings.slow_tokens, settings.slow_timeout, patient, clock.now, self._tracer, meters
+        )
         if Lane.SLOW not in self._lanes:
             pass  # another process works in it
         elif isinstance(memory, MemoryExtractor):

@@ -49,6 +49,7 @@ from recallq.errors import (
     from_wire,
 )
 from recallq.models import made
+from recallq.tracing import JobSpans, Tracer
 from recallq_worker.backends.base import (
     Added,
     MemoryExtractor,
@@ -58,6 +59,7 @@ from recallq_worker.backends.base import (
     takes_second_step,
 )
 from recallq_worker.ledger import Claim, Waiting
+from recallq_worker.meters import Meter, tell_of_dead_letter
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import Handover
@@ -118,23 +120,6 @@ class Observer(Protocol):
         ...
 
 
-class Meter(Protocol):
-    """Who counts what runs."""
-
-    def ran(
-        self,
-        batch: AnyBatch,
-        ended: Mapping[int, Outcome],
-        *,
-        began: float,
-        ends: float | Mapping[int, float],
-        retried: int,
-    ) -> None:
-        """A run is over. `ended` has the outcomes of the jobs that came to their end in it, and
-        `ends` says when all or each did; `retried` others are to be tried again."""
-        ...
-
-
 @dataclass(slots=True)
 class _Run:
     """A batch while it runs."""
@@ -155,6 +140,8 @@ class _Run:
     """Jobs that were asked to stop."""
     ends: dict[int, float] = field(default_factory=dict)
     """When jobs came to an end that did not do so together."""
+    spans: JobSpans[int] | None = None
+    """Of those that are traced."""
 
     def attempts(self, index: int) -> int:
         """How often a job was run before this run."""
@@ -178,7 +165,8 @@ class MemoryService:
         retries: RetryPolicy,
         pause: float = 0.0,
         seclusion: Seclusion | None = None,
-        meter: Meter | None = None,
+        meters: Sequence[Meter] = (),
+        tracer: Tracer | None = None,
     ) -> None:
         """`pause` in seconds: for how long an extraction waits for others to join it. `seclusion`
         is the process's own."""
@@ -194,7 +182,8 @@ class MemoryService:
         self._retries = retries
         self._runs: dict[str, _Run] = {}
         self._seclusion = seclusion or Seclusion()
-        self._meter = meter
+        self._meters = meters
+        self._tracer = tracer
 
     async def run(
         self, batch: AnyBatch, claim: Claim, result: BatchResult, observer: Observer
@@ -210,7 +199,9 @@ class MemoryService:
         run = _Run(batch, claim, result, observer)
         self._runs[batch.id] = run
         began = self._now()
-        before = {} if claim.first or self._meter is None else _settled(result)
+        before = {} if claim.first or not self._meters else _settled(result)
+        if self._tracer is not None:
+            run.spans = self._begin_spans(self._tracer, run)
         try:
             if claim.handed_over:
                 await self._collect(run)
@@ -234,17 +225,43 @@ class MemoryService:
             return None
         finally:
             self._runs.pop(batch.id, None)
-            if self._meter is not None:
-                self._measure(self._meter, run, began, before)
+            if self._meters:
+                self._measure(run, began, before)
+            if run.spans is not None:
+                self._end_spans(run.spans, run)
 
-    def _measure(
-        self, meter: Meter, run: _Run, began: float, before: Mapping[int, Outcome]
-    ) -> None:
-        ended, now = _settled(run.result), self._now()
+    def _measure(self, run: _Run, began: float, before: Mapping[int, Outcome]) -> None:
+        batch, ended, now = run.batch, _settled(run.result), self._now()
         for index in before:
             del ended[index]
         ends = {index: run.ends.get(index, now) for index in ended} if run.ends else now
-        meter.ran(run.batch, ended, began=began, ends=ends, retried=len(run.errors))
+        for meter in self._meters:
+            meter.ran(batch, ended, began=began, ends=ends)
+            for index, error in run.errors.items():
+                meter.put_off(batch.operation, batch.lane, batch.jobs[index], error)
+
+    def _begin_spans(self, tracer: Tracer, run: _Run) -> JobSpans[int] | None:
+        batch, outcomes = run.batch, run.result.outcomes
+        open_jobs = {
+            index: job
+            for index, job in enumerate(batch.jobs)
+            if job.trace is not None
+            and not ((outcome := outcomes[index]) is not None and outcome.state.settled)
+        }
+        more = {
+            "recallq.batch": batch.id,
+            "recallq.batch_jobs": len(batch.jobs),
+            "recallq.delivery": run.claim.deliveries,
+        }
+        return tracer.running(f"recallq.run {batch.operation.value}", open_jobs, more)
+
+    def _end_spans(self, spans: JobSpans[int], run: _Run) -> None:
+        for index, outcome in _settled(run.result).items():
+            code = None if outcome.error is None else str(outcome.error.get("code"))
+            spans.ended(index, outcome.state.value, code)
+        for index, error in run.errors.items():
+            spans.ended(index, "put_off", error.code)
+        spans.over("to_the_slow_lane")
 
     async def _open_jobs(self, run: _Run) -> tuple[list[int], list[int]]:
         """Those to be run now, and those for the slow lane, of which only that lane can say what
@@ -403,6 +420,7 @@ class MemoryService:
             and await run.observer.dead(index, error, attempts, told.get("history"))
         ):
             outcome.state = JobState.DEAD
+            tell_of_dead_letter(run.batch, index, error, attempts)
         run.result.outcomes[index] = outcome
 
     async def _settle(self, run: _Run, index: int, done: Outcome | JobError) -> None:
@@ -479,7 +497,7 @@ class MemoryService:
                 # It may have waited long for its turn. What was begun is past expiring.
                 late = None if begun else self._lateness(run.batch.jobs[index])
                 done = late or await self._run_one(run, index)
-            if self._meter is not None:
+            if self._meters:
                 run.ends[index] = self._now()
             await self._settle(run, index, done)
 
@@ -516,7 +534,10 @@ class MemoryService:
         assert task is not None
         run.tasks |= dict.fromkeys(indexes, task)
         try:
-            return await work()
+            if run.spans is None:
+                return await work()
+            with run.spans.calling(f"{self._backend.name}.{run.batch.operation.value}", indexes):
+                return await work()
         except asyncio.CancelledError:
             if task.cancelling() != 1 or not run.stopped.issuperset(indexes):
                 raise  # it is the whole worker that is to stop

@@ -69,6 +69,9 @@ class WorkerSettings(ClientSettings):
     """Memory for copies of users' vectors in each worker that searches Redis by meaning: those of
     a user who has more are read again for every search."""
 
+    log_format: Literal["text", "json"] = "text"
+    """How the worker logs: lines for people, or a JSON object a line."""
+
     http_port: int | None = Field(None, ge=0, le=65535)
     """Where each worker process answers /healthz, /readyz and /metrics; 0 takes a free port, which
     `recallq status` tells. None opens none, and nothing is measured."""

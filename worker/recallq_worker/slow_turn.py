@@ -14,14 +14,14 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import orjson
 
-from recallq.contract import AddJob, never_begun
+from recallq.contract import AddJob, Lane, Operation, never_begun
 from recallq.errors import (
     BackendUnavailable,
     InternalError,
@@ -32,8 +32,10 @@ from recallq.errors import (
     WorkerLost,
     to_wire,
 )
+from recallq.tracing import Tracer
 from recallq_worker.backends.base import REPEATABLE, Extracted, Submission, Superseded
 from recallq_worker.insistence import insistently
+from recallq_worker.meters import Meter
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import (
@@ -73,6 +75,8 @@ class Rules:
     """Seconds that one call of the extractor may take."""
     retries: RetryPolicy
     now: Callable[[], float]
+    tracer: Tracer | None = None
+    meters: Sequence[Meter] = ()
 
 
 class ActiveTurn:
@@ -283,7 +287,9 @@ class ActiveTurn:
             self._entry = entry
 
         done = await self._calling(
-            jobs, lambda: self._work.extract(submissions, journal, alone=self._alone)
+            jobs,
+            "index" if self._work.indexing else "extract",
+            lambda: self._work.extract(submissions, journal, alone=self._alone),
         )
         if isinstance(done, JobError) and self._entry is not None:
             # Something may be stored, or even everything. Before it is tried again, nothing is.
@@ -308,6 +314,7 @@ class ActiveTurn:
         """Has the extractor look into a journal. Nobody stops it: what it finds must be known."""
         return await self._calling(
             jobs,
+            "recover",
             lambda: self._work.recover(submissions, entry["intent"]),
             storing=True,
         )
@@ -427,6 +434,7 @@ class ActiveTurn:
             return
         done = await self._calling(
             [job],
+            "delete",
             lambda: self._work.delete(job.job.scope, before_epoch=job.epoch),
             storing=True,
         )
@@ -457,6 +465,9 @@ class ActiveTurn:
         job.due = now + wait
         self.postponed.append(job)
         self.delay = max(self.delay, wait)
+        operation = Operation.ADD if isinstance(job.job, AddJob) else Operation.DELETE
+        for meter in self._rules.meters:
+            meter.put_off(operation, Lane.SLOW, job.job, error)
 
     def _secluded(self) -> contextlib.AbstractAsyncContextManager[None]:
         """For a part of the turn that is to run alone, if the turn is suspicious."""
@@ -465,6 +476,7 @@ class ActiveTurn:
     async def _calling(
         self,
         jobs: Sequence[PendingJob],
+        doing: str,
         work: Callable[[], Awaitable[T]],
         *,
         storing: bool = False,
@@ -476,7 +488,8 @@ class ActiveTurn:
         others = contextlib.nullcontext() if self._alone else self._seclusion.among_others()
         try:
             async with others:
-                return await self._guarded(work)
+                with self._traced(doing, jobs) as done_with:
+                    return done_with(await self._guarded(work))
         except asyncio.CancelledError:
             if not self._stopped or self.task.cancelling() != 1:
                 raise  # it is the process that is to stop
@@ -486,6 +499,38 @@ class ActiveTurn:
             return JobCancelled("the job was stopped while it ran")
         finally:
             self.running, self._storing, self._stopped = frozenset(), False, False
+
+    @contextlib.contextmanager
+    def _traced(
+        self, doing: str, jobs: Sequence[PendingJob]
+    ) -> Iterator[Callable[[T | JobError], T | JobError]]:
+        """The spans of those of `jobs` that are traced, while a call for them lasts, whose outcome
+        is to be passed through what this yields."""
+        failure: JobError | None = None
+
+        def note(done: T | JobError) -> T | JobError:
+            nonlocal failure
+            failure = done if isinstance(done, JobError) else None
+            return done
+
+        spans, tracer = None, self._rules.tracer
+        if tracer is not None:
+            spans = tracer.running(
+                f"recallq.slow {doing}",
+                {each.id: each.job for each in jobs},
+                {"recallq.jobs_together": len(jobs)},
+            )
+        if spans is None:
+            yield note
+            return
+        state, ids = "interrupted", [job.id for job in jobs]
+        try:
+            with spans.calling(f"{self._work.name}.{doing}", ids):
+                yield note
+            state = "done" if failure is None else "failed"
+        finally:
+            for each in ids:
+                spans.ended(each, state, None if failure is None else failure.code)
 
     async def _guarded(self, work: Callable[[], Awaitable[T]]) -> T | JobError:
         """What `work` returns, or the error that its jobs end with. Raises `Superseded`."""

@@ -17,7 +17,7 @@ from celery.signals import task_postrun
 from celery.states import IGNORED
 
 from recallq.contract import PARTIAL, AnyBatch, BatchResult, Operation, decode_batch
-from recallq.errors import UndecodableJob, to_wire
+from recallq.errors import NewerProtocol, UndecodableJob, to_wire
 from recallq_worker import runtime
 from recallq_worker.runner import Settled
 
@@ -38,11 +38,14 @@ def run_batch(task: Task, *args: Any, **kwargs: Any) -> BatchResult:
     payload = args[0] if len(args) == 1 and not kwargs else repr((args, kwargs))
     try:
         batch = _decode(task, payload)
+    except NewerProtocol as error:
+        batch_id = task.request.id
+        if process.submit(process.services.runner.leave(batch_id, str(error))).result():
+            raise Ignore from None
+        return _undecodable(task, payload, error)
     except UndecodableJob as error:
-        text = payload if isinstance(payload, str) else repr(payload)
-        process.keep_undecodable(text, str(error), task.request.id)
-        return BatchResult(error=to_wire(error))
-    result = BatchResult()
+        return _undecodable(task, payload, error)
+    result = BatchResult(v=batch.v)
     done = process.submit(process.services.runner.run(batch, result))
     answered, grace = 0, process.settings.straggler_grace
     while not concurrent.futures.wait([done], timeout=grace).done:
@@ -59,6 +62,13 @@ def run_batch(task: Task, *args: Any, **kwargs: Any) -> BatchResult:
             _answer_early(task, result, answered)
             process.submit(process.services.runner.put_off(batch, left)).result()
             raise Ignore
+
+
+def _undecodable(task: Task, payload: object, error: UndecodableJob) -> BatchResult:
+    """Keeps what nobody can read."""
+    text = payload if isinstance(payload, str) else repr(payload)
+    runtime.current().keep_undecodable(text, str(error), task.request.id)
+    return BatchResult(error=to_wire(error))
 
 
 def _decode(task: Task, payload: object) -> AnyBatch:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from recallq import tracing
 from recallq.cli.stack import Stack, default_data_dir
 from recallq.client import MemoryClient
 from recallq.embedded import EmbeddedRedis
@@ -67,18 +68,25 @@ async def connect(url: str | None, **settings: Any) -> AsyncIterator[MemoryClien
     elif url is None:
         url = await asyncio.to_thread(running_url)
         if url is None:
-            async with _embedded() as url, MemoryClient(url, **settings) as client:
+            async with _embedded() as url, _client(url, **settings) as client:
                 yield client
             return
-    async with MemoryClient(url, **settings) as client:
+    async with _client(url, **settings) as client:
         yield client
 
 
 @asynccontextmanager
 async def connect_existing(url: str | None, **settings: Any) -> AsyncIterator[MemoryClient]:
     """A started client for what is running already. Raises `ServiceUnavailable` if nothing is."""
-    async with MemoryClient(await existing_url(url), **settings) as client:
+    async with _client(await existing_url(url), **settings) as client:
         yield client
+
+
+def _client(url: str | None, **settings: Any) -> MemoryClient:
+    client = MemoryClient(url, **settings)
+    if client.settings.traces:
+        tracing.export("recallq")  # what is left at the end, the SDK sends as the process exits
+    return client
 
 
 async def existing_url(url: str | None) -> str | None:

@@ -13,7 +13,7 @@ from recallq.cli.connection import UrlOption, existing_url
 from recallq.cli.memory import JsonOption
 from recallq.cli.runner import run
 from recallq.client import MemoryClient
-from recallq.contract import Lane
+from recallq.contract import PROTOCOL_VERSION, Lane
 from recallq.errors import AccessDenied, JobTimeout, RecallQError
 from recallq.redis_client import RedisClient, asking, connect, redact
 from recallq.settings import ClientSettings
@@ -169,6 +169,17 @@ def _judge_workers(workers: list[WorkerInfo]) -> list[Finding]:
                 f"workers of one namespace run {' and '.join(sorted(backends))}: "
                 "each would keep a part of the memories",
                 "give each backend a RECALLQ_NAMESPACE of its own",
+            )
+        )
+    old = [each for each in workers if each.protocol < PROTOCOL_VERSION]
+    if old:
+        findings.append(
+            Finding(
+                "protocol",
+                "failed" if len(old) == len(workers) else "warning",
+                f"{len(old)} of {len(workers)} workers do not read what this version sends: "
+                f"{', '.join(sorted(f'{each.host}-{each.pid}' for each in old))}",
+                "upgrade them; what is sent waits for newer workers",
             )
         )
     return findings

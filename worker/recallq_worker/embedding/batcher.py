@@ -25,6 +25,7 @@ from recallq_worker.embedding.lanes import Call, Item, State
 from recallq_worker.embedding.limiter import shared_limiter
 from recallq_worker.embedding.shared_cache import SharedCache
 from recallq_worker.embedding.usage import EmbeddingUsage, UsageCounter
+from recallq_worker.model_usage import EMBEDDING_USAGE
 
 _SLICE = 256
 """Texts that are looked at in one go, so that a long list does not hold up the loop."""
@@ -185,12 +186,13 @@ class EmbeddingBatcher:
                 return  # it has failed meanwhile
         if self._dispatcher is not dispatcher:
             raise self._not_running()
+        joined = 0
         for position, key, text, size in wanted:
             item = self._items.get(key)
             if item is None:
                 item = self._items[key] = Item(key, kind, text, size // _BYTES_A_TOKEN + 1)
             else:
-                usage.joined += 1
+                joined += 1
             positions = item.waiters.get(call)
             if positions is not None:
                 positions.append(position)
@@ -199,6 +201,8 @@ class EmbeddingBatcher:
                 dispatcher.add(call, item)
             item.waiters[call] = [position]
             call.items.add(item)
+        usage.joined += joined
+        EMBEDDING_USAGE.embedded(len(texts), cached=len(texts) - len(wanted) + joined)
         if wanted:
             dispatcher.poke()
 

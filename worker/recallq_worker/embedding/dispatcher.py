@@ -160,7 +160,6 @@ class Dispatcher:
         if batch.first_sent is None:
             batch.first_sent = now
         lane.in_flight += 1
-        self._usage.requests += 1
         self._limiter.began(now, batch.tokens)
         task = self._loop.create_task(self._request(lane, batch, now))
         self._tasks.add(task)
@@ -171,20 +170,23 @@ class Dispatcher:
             answer = await self._ask([item.text for item in batch.items], batch.kind)
             if isinstance(answer, Embedded):
                 self._succeeded(batch, answer, began)
+            elif isinstance(answer, Refused):
+                await self._refused(lane, batch, answer)
+            elif isinstance(answer, BackendUnavailable):
+                self._failed_in_passing(lane, batch, answer, began)
             else:
-                self._usage.failed_requests += 1
-                if isinstance(answer, Refused):
-                    await self._refused(lane, batch, answer)
-                elif isinstance(answer, BackendUnavailable):
-                    self._failed_in_passing(lane, batch, answer, began)
-                else:
-                    self._outcomes.failed(batch.items, answer)
+                self._outcomes.failed(batch.items, answer)
         finally:
             lane.in_flight -= 1
             self._limiter.ended()
 
     async def _ask(self, texts: list[str], kind: Kind) -> Embedded | JobError:
         """One request, or the error that it ended in."""
+        answer = await self._answer(texts, kind)
+        self._usage.ended(answer.tokens if isinstance(answer, Embedded) else None)
+        return answer
+
+    async def _answer(self, texts: list[str], kind: Kind) -> Embedded | JobError:
         try:
             async with asyncio.timeout(self._timeout):
                 embedded = await self._embedder.embed(texts, kind)
@@ -210,7 +212,6 @@ class Dispatcher:
 
     def _succeeded(self, batch: Batch, answer: Embedded, began: float) -> None:
         self._refusals = 0
-        self._usage.tokens_used += answer.tokens
         self._limiter.succeeded(
             self._loop.time(), began=began, estimated=batch.tokens, tokens=answer.tokens
         )
@@ -266,13 +267,10 @@ class Dispatcher:
             raise BackendUnavailable(
                 f"{self._doing}: the provider takes no requests for {wait:.0f} s", retry_after=wait
             )
-        self._usage.requests += 1
         answer = await self._ask([_HARMLESS], kind)
         if isinstance(answer, JobError):
-            self._usage.failed_requests += 1
             raise answer
         self._refusals = 0
-        self._usage.tokens_used += answer.tokens
 
     # --- patience -------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import openai
+
 # mem0 carries annotations here and there, and no marker that it does.
 from mem0.embeddings.base import EmbeddingBase  # type: ignore[import-untyped]
 from mem0.memory.utils import extract_json, remove_code_blocks  # type: ignore[import-untyped]
@@ -26,6 +28,7 @@ from mem0.vector_stores.base import VectorStoreBase  # type: ignore[import-untyp
 from recallq.errors import BackendError
 from recallq_worker.backends.failures import CutOffAnswer, UnusableAnswer, noting
 from recallq_worker.embedding.texts import beginning
+from recallq_worker.model_usage import EMBEDDING_USAGE, LLM_USAGE, ModelUsage
 
 Vector = Sequence[float]
 
@@ -160,9 +163,10 @@ class DraftingEmbedder(EmbeddingBase):  # type: ignore[misc]  # see above
         if draft is not None and text in draft.vectors:
             return draft.vectors[text]
         embedder = self.inner if draft is not None else self._searcher
-        with noting(draft):
+        with noting(draft), _counted(EMBEDDING_USAGE):
             vector: Vector = embedder.embed(beginning(text), memory_action)
             self._check(vector)
+        EMBEDDING_USAGE.embedded(1)
         return vector
 
     def embed_batch(self, texts: Sequence[str], memory_action: Any = "add") -> list[Vector]:
@@ -172,7 +176,7 @@ class DraftingEmbedder(EmbeddingBase):  # type: ignore[misc]  # see above
         wanted = [text for text in dict.fromkeys(texts) if text not in vectors]
         for start in range(0, len(wanted), self._most_texts):
             portion = wanted[start : start + self._most_texts]
-            with noting(draft):
+            with noting(draft), _counted(EMBEDDING_USAGE):
                 found = embedder.embed_batch([beginning(text) for text in portion], memory_action)
                 if len(found) != len(portion):
                     raise UnusableAnswer(
@@ -180,6 +184,7 @@ class DraftingEmbedder(EmbeddingBase):  # type: ignore[misc]  # see above
                     )
                 for vector in found:
                     self._check(vector)
+            EMBEDDING_USAGE.embedded(len(portion))
             vectors |= dict(zip(portion, found, strict=True))
         return [vectors[text] for text in texts]
 
@@ -206,11 +211,45 @@ class CheckedLlm:
 
     def generate_response(self, *args: Any, **kwargs: Any) -> Any:
         draft = current()
-        with noting(draft):
+        with noting(draft), _counted(LLM_USAGE):
             answer = self.inner.generate_response(*args, **kwargs)
             if draft is not None and kwargs.get("response_format") is not None:
                 check_extraction(answer)
         return answer
+
+
+@contextmanager
+def _counted(usage: ModelUsage) -> Iterator[None]:
+    """One request to a model."""
+    try:
+        yield
+    except BaseException:
+        usage.ended(failed=True)
+        raise
+    usage.ended()
+
+
+def count_tokens(client: Any) -> None:
+    """Has an OpenAI client enter what its answers say of tokens, which mem0 passes over.
+
+    Clients of other providers stay as they are: their requests are counted, their tokens are not.
+    """
+    if not isinstance(client, openai.OpenAI):
+        return
+    resources: tuple[tuple[Any, ModelUsage], ...] = (
+        (client.chat.completions, LLM_USAGE),
+        (client.embeddings, EMBEDDING_USAGE),
+    )
+    for resource, usage in resources:
+
+        def create(
+            *args: Any, ask: Any = resource.create, usage: ModelUsage = usage, **kwargs: Any
+        ) -> Any:
+            answer = ask(*args, **kwargs)
+            usage.spent_as_told(getattr(answer, "usage", None))
+            return answer
+
+        resource.create = create
 
 
 def check_extraction(answer: object) -> None:

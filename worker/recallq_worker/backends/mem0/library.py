@@ -46,6 +46,7 @@ from recallq_worker.backends.mem0.drafts import (
     Draft,
     DraftedStore,
     DraftingEmbedder,
+    count_tokens,
 )
 from recallq_worker.backends.mem0.extraction import Finished, by_submission, extract
 from recallq_worker.backends.mem0.recent import RecentMessages
@@ -468,6 +469,7 @@ def _settle_client(part: Any, timeout: float) -> None:
     client: Any = getattr(part, "client", None)
     if callable(getattr(client, "with_options", None)):
         part.client = client.with_options(max_retries=0, timeout=timeout)
+        count_tokens(part.client)
 
 
 def _ask_models(part: Any) -> None:

@@ -25,6 +25,7 @@ from recallq_worker.backends.reme.answers import in_form, without_thoughts
 from recallq_worker.backends.reme.drafts import current
 from recallq_worker.embedding import EmbeddingBatcher
 from recallq_worker.embedding.texts import beginning
+from recallq_worker.model_usage import LLM_USAGE
 
 _DONE = "done"
 _BROKEN_OFF = frozenset({"length", "model_length", "max_tokens", "error", "abort"})
@@ -49,6 +50,7 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
         self._client = client
         self._params = params
         self._turns = turns
+        self._counts_tokens = True
         self.doing = f"the LLM {model_name} at {where}"
 
     async def achat(
@@ -63,8 +65,10 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
         """The answer, or what `callback_fn` makes of it. Raises what backends raise; the cause of
         an answer that is not what was asked for is an `UnusableAnswer`."""
         with noting(current()):
+            failed = True
             try:
                 text = await self._ask(messages, **kwargs)
+                failed = False
                 if callback_fn is None:
                     return Message(role=Role.ASSISTANT, content=text)
                 text = in_form(callback_fn, text)
@@ -74,12 +78,23 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
                 if told is None or told is error:
                     raise
                 raise told from error
+            finally:
+                LLM_USAGE.ended(failed=failed)
 
     def chat(self, *args: Any, **kwargs: Any) -> Any:
         with noting(current()):
             raise BackendError("ReMe's flow asks its LLM synchronously, which would hold up others")
 
     async def _ask(self, messages: list[Any], **kwargs: Any) -> str:
+        try:
+            return await self._stream(messages, **kwargs)
+        except openai.BadRequestError as error:
+            if not self._counts_tokens or "stream_options" not in error.message:
+                raise
+            self._counts_tokens = False  # a server that does not know how to
+            return await self._stream(messages, **kwargs)
+
+    async def _stream(self, messages: list[Any], **kwargs: Any) -> str:
         """A streamed answer, since not every model answers otherwise.
 
         The SDK would make half a dozen objects of each of its hundreds of chunks.
@@ -92,9 +107,12 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
             "messages": [each.simple_dump(add_reasoning=False) for each in messages],
             "stream": True,
         }
+        if self._counts_tokens:
+            body.setdefault("stream_options", {"include_usage": True})
         parts: list[str] = []
         ended: str | None = None
         events = False
+        spent: dict[str, Any] | None = None
         create = self._client().chat.completions.with_streaming_response.create
         try:
             async with (
@@ -109,15 +127,18 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
                     if data.strip() == "[DONE]":
                         ended = ended or _DONE
                         break  # whether or not the server hangs up
-                    said, finished = _chunk(data)
+                    said, finished, usage = _chunk(data)
                     parts.append(said)
                     ended = finished or ended
+                    spent = usage or spent
         except openai.APIStatusError:
             raise
         except openai.APIError as error:
             if isinstance(error, openai.APIConnectionError):
                 raise
             raise BackendUnavailable(f"{self.doing}: it broke off its answer") from None
+        finally:
+            LLM_USAGE.spent_as_told(spent)  # some tell it with every chunk: the last one counts
         if not events:
             raise UnusableAnswer("the answer is no stream")
         if ended == "content_filter":
@@ -141,15 +162,17 @@ async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
     yield rest
 
 
-def _chunk(data: str) -> tuple[str, str | None]:
-    """What one event of a stream adds to the answer, and why the answer ends, if it does."""
+def _chunk(data: str) -> tuple[str, str | None, dict[str, Any] | None]:
+    """What one event of a stream adds to the answer, why the answer ends, if it does, and what has
+    been used, if it says so."""
     try:
         event = orjson.loads(data)
         if event.get("error"):
             # Its words may quote what was sent.
             raise UnusableAnswer("it broke off its answer, and called that an error")
         choices = event.get("choices") or [{}]
-        return (choices[0].get("delta") or {}).get("content") or "", choices[0].get("finish_reason")
+        said = (choices[0].get("delta") or {}).get("content") or ""
+        return said, choices[0].get("finish_reason"), event.get("usage")
     except (AttributeError, IndexError, TypeError, ValueError):
         raise UnusableAnswer("the answer cannot be read") from None
 

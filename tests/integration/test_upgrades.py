@@ -1,0 +1,110 @@
+"""Old and new side by side: nothing is lost while a fleet is upgraded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from recallq import Lane, MemoryClient, contract
+from recallq.cli.doctor import _judge_workers
+from recallq.contract import PROTOCOL_VERSION
+from recallq.workers import WorkerInfo
+from tests.support import Worker, eventually
+
+StartWorker = Callable[..., Worker]
+NEXT = PROTOCOL_VERSION + 1
+
+
+@pytest.fixture
+async def client(redis_url: str, namespace: str) -> AsyncIterator[MemoryClient]:
+    async with MemoryClient(redis_url, namespace=namespace, timeout=60) as memory:
+        yield memory
+
+
+@pytest.fixture
+def of_tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of this process speak the next protocol."""
+    monkeypatch.setattr(contract, "PROTOCOL_VERSION", NEXT)
+
+
+async def texts(client: MemoryClient, user: str) -> list[str]:
+    return [each.text for each in await client.list_memory(user, {"page_size": 1000})]
+
+
+async def test_old_workers_leave_what_they_cannot_read_to_newer_ones(
+    client: MemoryClient, start_worker: StartWorker, of_tomorrow: None
+) -> None:
+    old = await asyncio.to_thread(start_worker)
+    handles = [await client.submit_add("ann", f"line {n}") for n in range(20)]
+
+    async def left() -> bool:
+        return "left to newer workers (protocol version 2" in old.output
+
+    await eventually(left)
+    assert not any([(await handle.status()).settled for handle in handles])
+    new = await asyncio.to_thread(lambda: start_worker(backend="tomorrow"))
+    for handle in handles:
+        assert (await handle.result(60)).added == 1
+    assert await texts(client, "ann") == [f"line {n}" for n in range(20)]
+    assert await client.dead_letters.count() == 0
+    state = await client.transport.fleet()
+    assert all(lane.outstanding == 0 for lane in state.lanes)
+    assert {each.protocol for each in await client.workers()} == {PROTOCOL_VERSION, NEXT}
+    assert new.is_alive()
+    assert old.output.count("left to newer workers") == 1  # once a minute is enough
+
+
+async def test_new_workers_serve_old_clients(
+    client: MemoryClient, start_worker: StartWorker
+) -> None:
+    await asyncio.to_thread(lambda: start_worker(backend="tomorrow"))
+    assert (await client.add_memory("ann", "tea")).added == 1
+    assert await texts(client, "ann") == ["tea"]
+
+
+async def test_a_call_waits_no_longer_than_its_timeout_for_a_newer_worker(
+    client: MemoryClient, start_worker: StartWorker, of_tomorrow: None
+) -> None:
+    await asyncio.to_thread(start_worker)
+    handle = await client.submit_add("ann", "tea", timeout=1)
+    with pytest.raises(TimeoutError):
+        await client.list_memory("ann", timeout=1)
+    assert await handle.cancel()
+
+
+async def test_a_rolling_upgrade_loses_nothing(
+    client: MemoryClient, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers first, one after the other, then clients, with work under way all the time."""
+    olds = [await asyncio.to_thread(start_worker) for _ in range(2)]
+    handles = []
+    for step in range(6):
+        handles += [await client.submit_add("ann", f"{step} {n:02}") for n in range(30)]
+        if step in (1, 2):
+            await asyncio.to_thread(lambda: start_worker(backend="tomorrow"))
+            await asyncio.to_thread(olds.pop().stop)
+        if step == 3:
+            monkeypatch.setattr(contract, "PROTOCOL_VERSION", NEXT)
+    for handle in handles:
+        assert (await handle.result(60)).added == 1
+    assert await texts(client, "ann") == [f"{s} {n:02}" for s in range(6) for n in range(30)]
+    assert await client.dead_letters.count() == 0
+
+
+def test_doctor_tells_of_workers_that_are_too_old() -> None:
+    lanes = list(Lane)
+    workers = [
+        WorkerInfo(
+            id=f"w{n}", host="h", pid=n, version="1", backend="redis", lanes=lanes, concurrency=8,
+            started_at=0.0, protocol=PROTOCOL_VERSION - 1 + n,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    told = {each.check: each for each in _judge_workers(workers)}["protocol"]
+    assert (told.state, told.detail[:16]) == ("warning", "1 of 2 workers d")
+    assert "h-0" in told.detail
+    told = {each.check: each for each in _judge_workers(workers[:1])}["protocol"]
+    assert told.state == "failed"
+    assert all(each.check != "protocol" for each in _judge_workers(workers[1:]))

@@ -1,0 +1,15 @@
+"""A worker of a later version: it reads the next protocol as well as today's."""
+
+from __future__ import annotations
+
+from recallq import contract, workers
+from recallq_worker.backends.redis import RedisStore
+
+NEXT = contract.PROTOCOL_VERSION + 1
+contract.PROTOCOL_VERSION = NEXT
+workers.WorkerInfo.model_fields["protocol"].default = NEXT
+workers.WorkerInfo.model_rebuild(force=True)
+
+
+class TomorrowsStore(RedisStore):
+    """The same memories as today."""
