@@ -332,11 +332,7 @@ class Transport:
             self._resolve(batch_id, expected, stored)
 
     def _resolve(self, batch_id: str, expected: _Expected, stored: bytes) -> None:
-        try:
-            result = _read_result(stored)
-        except ValueError:
-            log.exception("unreadable result")
-            result = _defect("the worker's result could not be read")
+        result = _read_result(stored)
         left = []
         for waiter in expected.waiters:
             if waiter.outcome.done():
@@ -389,7 +385,16 @@ class Transport:
 
 
 def _read_result(stored: bytes) -> BatchResult:
-    """The batch result inside what Celery's backend stored. Raises ValueError."""
+    """The batch result inside what Celery's backend stored; if it cannot be read, one that says it."""
+    try:
+        return _parse_result(stored)
+    except ValueError as error:
+        log.error("unreadable result: %s", type(error).__name__)  # noqa: TRY400  # it would be quoted
+        return _defect("the worker's result could not be read")
+
+
+def _parse_result(stored: bytes) -> BatchResult:
+    """Raises ValueError."""
     meta = orjson.loads(stored)
     if not isinstance(meta, dict) or "status" not in meta:
         raise ValueError("not a Celery result")

@@ -120,8 +120,15 @@ def batch_id_of(envelope: Any) -> str | None:
 def _defect(envelope: Any) -> str | None:
     if not isinstance(envelope, dict):
         return "not a JSON object"
-    if not isinstance(envelope.get("headers") or {}, dict):
+    headers = envelope.get("headers") or {}
+    if not isinstance(headers, dict):
         return "its headers are not an object"
+    # Kombu unpacks a body before anybody has looked at it, and decodes one of a type that it does
+    # not know by whatever codec the message names: a few hundred bytes become a gigabyte.
+    if headers.get("compression"):
+        return "its body is compressed"
+    if envelope.get("content-type") != "application/json":
+        return "its body is not JSON"
     properties = envelope.get("properties")
     if not isinstance(properties, dict):
         return "it has no properties"

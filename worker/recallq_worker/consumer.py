@@ -32,6 +32,7 @@ from celery.worker.state import (
 )
 from kombu.utils.json import dumps
 
+from recallq.contract import Operation
 from recallq.redis_client import LOST, is_denied, reason_of
 from recallq_worker import runtime
 from recallq_worker.broker import Message, batch_id_of, explain
@@ -42,6 +43,11 @@ _RETRY_STEP = 0.25
 _RETRY_MAX = 1.0
 _PAUSE = 0.5
 _QUIET = 30.0
+_TASKS = frozenset(operation.task_name for operation in Operation)
+"""Celery has tasks of its own, which run other tasks in turn."""
+_MORE = ("callbacks", "errbacks", "chain", "chord")
+"""What a worker would publish once the task is done, wherever the message says, with rights that
+whoever sent it need not have."""
 _REPETITIVE = (
     "celery.backends.base",
     "celery.backends.redis",
@@ -210,13 +216,16 @@ def _defect(message: Message) -> str | None:
     Much of it would fail in the pool only, where the message is then neither run nor given back,
     and takes a place among those in hand for ever.
     """
-    headers = message.headers
-    if not isinstance(headers.get("task"), str):
+    task = message.headers.get("task")
+    if not isinstance(task, str):
         return "it names no task; messages of Celery's protocol 1 are not understood"
+    if task not in _TASKS:
+        return "it names an unknown task"
     if batch_id_of(message._raw) is None:  # noqa: SLF001
         return "it has no task id"
     payload = message.payload  # kept by the message, so that Celery does not decode it again
     match payload:
-        case [list(), dict(), dict() | None]:
-            return None
+        case [list(), dict(), dict() | None as embedded]:
+            more = [name for name in _MORE if (embedded or {}).get(name)]
+            return f"it asks for more than its task: {', '.join(more)}" if more else None
     return "its body is not [args, kwargs, embed]"
