@@ -380,8 +380,9 @@ class MemoryClient:
         result = self._result_of(outcome, job_id, early=early)
         try:
             return self._value_in(result, outcome.operation)
-        except (ValidationError, LookupError, TypeError) as error:
-            raise InternalError("the worker's result could not be read", job_id=job_id) from error
+        except (ValidationError, LookupError, TypeError):
+            # Not from the error, which quotes it.
+            raise InternalError("the worker's result cannot be read", job_id=job_id) from None
 
     def _value_in(self, result: dict[str, Any], operation: Operation | None) -> Any:
         match operation:

@@ -385,7 +385,7 @@ class Transport:
 
 
 def _read_result(stored: bytes) -> BatchResult:
-    """The batch result inside what Celery's backend stored; if it cannot be read, one that says it."""
+    """The batch result in what Celery's backend stored; if it cannot be read, one that says so."""
     try:
         return _parse_result(stored)
     except ValueError as error:

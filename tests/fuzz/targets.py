@@ -1,5 +1,7 @@
 """The readers, inputs for them, and what may come of these: a value, or a documented error."""
 
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 import base64

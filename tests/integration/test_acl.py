@@ -1,5 +1,7 @@
 """The users that deploy/redis/users.acl gives a fleet: all they need, and nothing besides."""
 
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 import asyncio
@@ -38,7 +40,7 @@ SERVERS = ["embedded", "tls"]
 class Guarded:
     """A server with these users, and their URLs."""
 
-    def __init__(self, server: SecureRedis, **options: object) -> None:
+    def __init__(self, server: SecureRedis, **options: Any) -> None:
         self.client = server.url(CLIENT, PASSWORD, **options)
         self.worker = server.url(WORKER, PASSWORD, **options)
         self.admin = server.admin(ADMIN, PASSWORD, **options)
