@@ -55,6 +55,7 @@ from recallq.redis_client import (
     reason_of,
 )
 from recallq.settings import ClientSettings
+from recallq.signing import Signer
 from recallq.workers import WorkerInfo, WorkerRegistry
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Transport:
         self.clock = FleetClock()
         self.keys = Keys(settings.namespace)
         self._settings = settings
-        self._envelope = CeleryEnvelope(self.client_id)
+        self._envelope = CeleryEnvelope(self.client_id, Signer.of(settings.signing_keys))
         self._sequence = 0
         self._expected: dict[str, _Expected] = {}
         self._tasks: list[asyncio.Task[None]] = []

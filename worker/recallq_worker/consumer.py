@@ -32,9 +32,11 @@ from celery.worker.state import (
 )
 from kombu.utils.json import dumps
 
-from recallq.contract import Operation
+from recallq.contract import Lane, Operation
 from recallq.redis_client import LOST, is_denied, reason_of
+from recallq.signing import HEADER, Signer
 from recallq_worker import runtime
+from recallq_worker import settings as worker_settings
 from recallq_worker.broker import Message, batch_id_of, explain
 
 log = logging.getLogger(__name__)
@@ -166,10 +168,15 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Message], None]:
         handle = super().create_task_handler(*args, **kwargs)
+        settings = worker_settings.current()
+        signer = Signer.of(settings.signing_keys)
+        queues = frozenset(lane.queue(settings.namespace) for lane in Lane)
 
         def on_task_received(message: Message) -> None:
             try:
                 defect = _defect(message)
+                if defect is None and signer is not None:
+                    defect = _forged(message, signer, queues)
                 if defect is None:
                     handle(message)
                     return
@@ -229,3 +236,15 @@ def _defect(message: Message) -> str | None:
             more = [name for name in _MORE if (embedded or {}).get(name)]
             return f"it asks for more than its task: {', '.join(more)}" if more else None
     return "its body is not [args, kwargs, embed]"
+
+
+def _forged(message: Message, signer: Signer, queues: frozenset[str]) -> str | None:
+    """Of a message that is none by who has a key, for one of this fleet's queues: that it is so."""
+    args, kwargs, _ = message.payload
+    queue = message.delivery_info["routing_key"]
+    if len(args) == 1 and isinstance(args[0], str) and not kwargs and queue in queues:
+        headers = message.headers
+        parts = (headers["task"], headers["id"], queue, args[0])
+        if signer.is_signed(headers.get(HEADER), *parts):
+            return None
+    return "it is not signed with a key of this worker's (RECALLQ_SIGNING_KEYS)"

@@ -28,6 +28,7 @@ from recallq.errors import ConfigurationError, MissingExtra, RecallQError, Servi
 from recallq.fleet import FleetState, look
 from recallq.keys import Keys
 from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
+from recallq.signing import Signer
 from recallq.workers import SIGN_OF_LIFE_EVERY, WorkerInfo, WorkerRegistry
 from recallq_worker.backends import registry
 from recallq_worker.backends.base import (
@@ -290,6 +291,7 @@ class Runtime:
             self._keys,
             self.worker_id,
             one_step=settings.broker_url == settings.coordination_url,
+            signer=Signer.of(settings.signing_keys),
         )
         slow_ledger = SlowLedger(
             coordination, self._keys, ledger, indexing=takes_second_step(memory)
