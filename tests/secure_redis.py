@@ -34,7 +34,7 @@ REQUIRED = "RECALLQ_TEST_TLS_REQUIRED"
 
 _PACKAGES = ("redis-server", "redis-tools")
 _LIBRARIES = ("libatomic1", "libjemalloc2", "liblzf1", "libssl3", "libssl3t64", "libsystemd0")
-_CACHE = Path(tempfile.gettempdir()) / f"recallq-tests-redis-{os.getuid()}"
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recallq-tests/redis"
 
 
 def tls_server() -> tuple[Path, dict[str, str]]:
@@ -100,6 +100,7 @@ def _fetch() -> str | None:
         for deb in debs.glob("*.deb"):
             subprocess.run(["dpkg", "-x", deb, place / "root"], check=True)
         staged = _CACHE.with_name(f"{_CACHE.name}.{os.getpid()}")
+        staged.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(place / "root", staged, symlinks=True)
         try:
             staged.rename(_CACHE)
@@ -109,9 +110,12 @@ def _fetch() -> str | None:
 
 
 def _apt(arguments: list[str], directory: Path) -> int:
-    return subprocess.run(
-        ["apt-get", *arguments], cwd=directory, capture_output=True, timeout=100, check=False
-    ).returncode
+    command = ["apt-get", *arguments]
+    try:
+        run = subprocess.run(command, cwd=directory, capture_output=True, timeout=40, check=False)
+    except subprocess.TimeoutExpired:  # no way out to the network, say
+        return 1
+    return run.returncode
 
 
 RULES = Path(__file__).parents[1] / "deploy/redis/users.acl"
