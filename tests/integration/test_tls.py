@@ -20,7 +20,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from recallq import AccessDenied, MemoryClient, ServiceUnavailable
-from recallq.redis_client import asking, connect
+from recallq.redis_client import asking, connect, redact
 from recallq_worker import broker
 from recallq_worker.app import celery_url
 from tests.secure_redis import Certificates, SecureRedis, tls_server
@@ -222,3 +222,10 @@ class TestEveryConnectionChecks:
         # Said in so many words, the name goes unchecked.
         for no in ("false", "no", "0"):
             reach(elsewhere.url(ssl_ca_certs=certificates.ca, ssl_check_hostname=no))
+
+
+def test_the_word_that_opens_a_key_is_shown_nowhere() -> None:
+    url = "rediss://ann:pass@h:1/0?ssl_password=opens&password=pass&ssl_ca_certs=/ca.pem"
+    assert redact(url) == "rediss://h:1/0?ssl_ca_certs=%2Fca.pem"
+    broker.install()
+    assert "opens" not in Connection(celery_url(url)).as_uri()
