@@ -10,7 +10,7 @@ ARGS ?=
 # order of the files, for otherwise classes of few tests come last, and these take the longest.
 AT_ONCE ?= -n 3 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test chaos bench check format lock manifests clean help
+.PHONY: demo test chaos fuzz bench check format lock manifests clean help
 
 help: ## Show this.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -23,6 +23,9 @@ test: $(READY) ## Run all tests.
 
 chaos: $(READY) ## Break everything at random moments, and check that every promise holds.
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+fuzz: $(READY) ## Give what reads bytes of others bytes that nobody should have written.
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 bench: $(READY) ## Measure speed against plain Celery, in one run.
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)

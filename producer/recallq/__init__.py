@@ -16,6 +16,7 @@ from recallq.contract import (
 )
 from recallq.dead_letters import DeadLetter
 from recallq.errors import (
+    AccessDenied,
     BackendError,
     BackendUnavailable,
     ClientClosed,
@@ -54,6 +55,7 @@ from recallq.settings import ClientSettings
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccessDenied",
     "AddResult",
     "AudioPart",
     "BackendError",

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic import ValidationError
+
 from recallq.batching import Batcher, Draft
 from recallq.contract import (
     AddResult,
@@ -34,6 +36,7 @@ from recallq.dead_letter_box import DeadLetterBox
 from recallq.errors import (
     ClientClosed,
     ConfigurationError,
+    InternalError,
     InvalidInput,
     JobTimeout,
     RecallQError,
@@ -375,7 +378,14 @@ class MemoryClient:
         """A settled job's value as callers see it; raises the error of one that failed, unless it
         is `early` enough for them that it was stored."""
         result = self._result_of(outcome, job_id, early=early)
-        match outcome.operation:
+        try:
+            return self._value_in(result, outcome.operation)
+        except (ValidationError, LookupError, TypeError):
+            # Not from the error, which quotes it.
+            raise InternalError("the worker's result cannot be read", job_id=job_id) from None
+
+    def _value_in(self, result: dict[str, Any], operation: Operation | None) -> Any:
+        match operation:
             case Operation.ADD:
                 return AddResult.model_validate(result)
             case Operation.SEARCH:

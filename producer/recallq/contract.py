@@ -276,7 +276,9 @@ def decode_batch(payload: object) -> AnyBatch:
         _check_version(_version_of(payload))  # a newer shape fails validation for that reason
         problem = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, problem["loc"]))
-        raise UndecodableJob(f"{place or 'batch'}: {problem['msg']}") from error
+        # Of what came, nothing is quoted: this goes into logs.
+        reason = "no such operation" if problem["type"] == "union_tag_invalid" else problem["msg"]
+        raise UndecodableJob(f"{place or 'batch'}: {reason}") from error
     _check_version(batch.v)
     for index, job in enumerate(batch.jobs):
         # Whatever the sender wrote: record ids derive from it, and two jobs must not share them.
@@ -300,7 +302,8 @@ def _check_version(version: object) -> None:
     kind = UndecodableJob
     if isinstance(version, int) and version > PROTOCOL_VERSION:
         kind = NewerProtocol
-    raise kind(f"protocol version {version!r}; this worker speaks {spoken}")
+    told = version if isinstance(version, int | float) else f"of type {type(version).__name__}"
+    raise kind(f"protocol version {told}; this worker speaks {spoken}")
 
 
 # --- ids ----------------------------------------------------------------------------------------

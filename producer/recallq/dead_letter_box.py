@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from recallq.contract import (
     AddBatch,
     AddJob,
@@ -107,12 +109,9 @@ class DeadLetterBox:
     def _revived(self, letter: DeadLetter) -> Batch[Any]:
         """A batch of the letter's jobs, under a new id."""
         if letter.job is not None:
-            job: AddJob | DeleteJob
-            if letter.operation is Operation.ADD:
-                job = AddJob.model_validate(letter.job)
+            job = _job_in(letter)
+            if isinstance(job, AddJob):
                 job.origin = job.origin or letter.id
-            else:
-                job = DeleteJob.model_validate(letter.job)
             job.deadline = None
             return make_batch(
                 self._transport.next_batch_id(),
@@ -124,10 +123,7 @@ class DeadLetterBox:
         try:
             batch = decode_batch(letter.payload)
         except UndecodableJob as error:
-            raise InvalidInput(
-                f"dead letter {letter.id} cannot be read by this version: {error}; replay it with "
-                "the one that wrote it, or purge it"
-            ) from error
+            raise _unreadable(letter, str(error)) from error
         if isinstance(batch, AddBatch):
             for each in batch.jobs:
                 each.origin = each.origin or each.id
@@ -141,3 +137,21 @@ class DeadLetterBox:
             [*batch.jobs],
             batch.backend,
         )
+
+
+def _job_in(letter: DeadLetter) -> AddJob | DeleteJob:
+    kind = AddJob if letter.operation is Operation.ADD else DeleteJob
+    try:
+        return kind.model_validate(letter.job)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        # Not from the error, which quotes the job.
+        raise _unreadable(letter, reason) from None
+
+
+def _unreadable(letter: DeadLetter, reason: str) -> InvalidInput:
+    return InvalidInput(
+        f"dead letter {letter.id} cannot be read by this version: {reason}; replay it with the one "
+        "that wrote it, or purge it"
+    )

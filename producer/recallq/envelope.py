@@ -14,6 +14,7 @@ import orjson
 from celery import Celery
 
 from recallq.contract import Operation
+from recallq.signing import HEADER, Signer
 
 LISTED = "recallq-listed"
 """The header of a message that the ledger has a copy of, and sends again if it is lost: workers
@@ -27,7 +28,8 @@ class CeleryEnvelope:
     Arguments are hidden from the headers: their repr would put the users' text there.
     """
 
-    def __init__(self, client_id: str) -> None:
+    def __init__(self, client_id: str, signer: Signer | None = None) -> None:
+        """`signer`: signs the messages, if there is one."""
         app = Celery(set_as_current=False)
         self._templates: dict[Operation, tuple[dict[str, Any], Any]] = {}
         for operation in Operation:
@@ -37,10 +39,14 @@ class CeleryEnvelope:
             )  # fmt: skip
             self._templates[operation] = (message.headers | {LISTED: True}, message.body[2])
         self._client_id = client_id
+        self._signer = signer
 
     def wrap(self, task_id: str, operation: Operation, payload: str, queue: str) -> bytes:
         """The queue entry of one task whose only argument is `payload`."""
         headers, embedded = self._templates[operation]
+        if self._signer is not None:
+            signature = self._signer.sign(operation.task_name, task_id, queue, payload)
+            headers = headers | {HEADER: signature}
         return orjson.dumps(
             {
                 "body": orjson.dumps([[payload], {}, embedded]).decode(),

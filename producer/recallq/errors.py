@@ -5,6 +5,7 @@
     ├── ConfigurationError                    settings that cannot work
     │   └── MissingExtra                      an optional dependency is not installed
     ├── ServiceUnavailable (ConnectionError)  Redis cannot be reached
+    │   └── AccessDenied                      it refuses the user, or what the user asks for
     ├── QueueFull                             the lane is at its high-water mark; try again later
     ├── ClientClosed                          the client was stopped, or never started
     ├── UnknownJob (LookupError)              no such job, or its result has expired
@@ -56,6 +57,11 @@ class MissingExtra(ConfigurationError):
 
 class ServiceUnavailable(RecallQError, ConnectionError):
     """Redis (broker, coordination or result backend) cannot be reached, or what an import reads."""
+
+
+class AccessDenied(ServiceUnavailable):
+    """Redis refuses the credentials, or the user lacks a right, as the message says. To try again
+    does not help."""
 
 
 class QueueFull(RecallQError):

@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis
 from hiredis import pack_command
-from redis import DriverInfo, exceptions
+from redis import exceptions
 from redis.asyncio import (
     BlockingConnectionPool,
     Connection,
@@ -31,20 +31,27 @@ from redis.asyncio import (
     SSLConnection,
     UnixDomainSocketConnection,
 )
+from redis.asyncio.connection import URL_QUERY_ARGUMENT_PARSERS as _URL_PARSERS
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry as SyncRetry
 
-from recallq.errors import ServiceUnavailable
+from recallq.errors import AccessDenied, ServiceUnavailable
 
 COMMAND_TIMEOUT = 10.0
 """Seconds after which an unanswered command counts as a lost connection."""
 
-# Made once: left to itself, redis-py reads its package's metadata from disk for every connection it
-# makes, in the middle of the event loop.
-_DRIVER = DriverInfo()
+NO_INTRODUCTION: dict[str, Any] = {
+    "driver_info": None,
+    "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+}
+"""For every connection. Left to itself, redis-py begins it with two CLIENT commands: its own name,
+for which it reads its package's metadata from disk, in the middle of the event loop, and a question
+that only one vendor's servers know. A user would need rights for them that cannot be given by the
+same words to every version of Redis."""
 
 _URL_OPTIONS = ("db", "username", "password")
 _KNOWN_OPTIONS = ", ".join((*_URL_OPTIONS, "ssl_*"))
@@ -124,7 +131,7 @@ def connect(
         socket_connect_timeout=connect_timeout,
         socket_timeout=None,
         health_check_interval=30,
-        driver_info=_DRIVER,
+        **NO_INTRODUCTION,
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), retries),
         retry_on_error=[exceptions.BusyLoadingError],
         protocol=2 if subscribes else 3,
@@ -157,7 +164,7 @@ def connect_threads(
         socket_connect_timeout=connect_timeout,
         socket_timeout=command_timeout,
         health_check_interval=30,
-        driver_info=_DRIVER,
+        **NO_INTRODUCTION,
         retry=SyncRetry(
             ExponentialWithJitterBackoff(base=0.05, cap=1.0),
             3,
@@ -179,11 +186,21 @@ def check_url(url: str) -> str:
             raise ValueError(f"has options that workers do not know; known are {_KNOWN_OPTIONS}")
     try:
         # Makes the object, and connects to nothing.
-        ConnectionPool.from_url(url, driver_info=_DRIVER).make_connection()  # type: ignore[no-untyped-call]
+        ConnectionPool.from_url(url, **NO_INTRODUCTION).make_connection()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, RedisError):
         # Its own words may quote a password that was taken for a port.
         raise ValueError("is not a Redis URL; percent-encode special characters") from None
     return url
+
+
+def tls_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a connection's options that say how TLS is spoken, as redis-py reads them in a URL:
+    Celery and kombu leave most of them text."""
+    found = {name: value for name, value in options.items() if name.startswith("ssl_")}
+    for name, value in found.items():
+        if isinstance(value, str) and name in _URL_PARSERS:
+            found[name] = _URL_PARSERS[name](value)
+    return found
 
 
 def redact(url: str) -> str:
@@ -194,7 +211,7 @@ def redact(url: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, query, ""))
 
 
-_SECRET_QUERY = frozenset({"password", "username"})
+_SECRET_QUERY = frozenset({"password", "username", "ssl_password"})
 
 
 @asynccontextmanager
@@ -209,9 +226,10 @@ async def asking(url: str, doing: str, timeout: float = COMMAND_TIMEOUT) -> Asyn
     except TimeoutError as error:
         raise ServiceUnavailable(
             f"{doing}: Redis at {redact(url)} did not answer within {timeout:g} s"
+            + _advice(url, error)
         ) from error
     except exceptions.AuthenticationError as error:
-        raise ServiceUnavailable(
+        raise AccessDenied(
             f"{doing}: Redis at {redact(url)} refused the credentials; check the user and password"
         ) from error
     except exceptions.OutOfMemoryError as error:
@@ -219,7 +237,61 @@ async def asking(url: str, doing: str, timeout: float = COMMAND_TIMEOUT) -> Asyn
             f"{doing}: Redis at {redact(url)} is out of memory (maxmemory); nothing was enqueued"
         ) from error
     except LOST as error:
-        raise ServiceUnavailable(f"{doing}: Redis at {redact(url)}: {reason_of(error)}") from error
+        kind = AccessDenied if is_denied(error) else ServiceUnavailable
+        said = reason_of(error).rstrip(".") + _advice(url, error)
+        raise kind(f"{doing}: Redis at {redact(url)}: {said}") from error
+
+
+# What TLS says of its own accord names neither the setting nor the file.
+_TLS_ADVICE = (
+    ("certificate has expired", "renew the server's certificate"),
+    ("not yet valid", "set this machine's clock, or that of whoever issued the certificate"),
+    ("certificate is not valid for", "connect by a name or address that its certificate has"),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "name the file of the authority that signed it: ?ssl_ca_certs=<file>, or SSL_CERT_FILE",
+    ),
+    (
+        "CERTIFICATE_REQUIRED",
+        "it wants a certificate of the client: ?ssl_certfile=<file>&ssl_keyfile=<file>",
+    ),
+    ("WRONG_VERSION_NUMBER", "if it does not speak TLS, the URL begins with redis://"),
+    (
+        "No such file|Permission denied|NO_CERTIFICATE_OR_CRL|PEM|KEY_VALUES_MISMATCH|BAD_DECRYPT",
+        "check the files that its ssl_ options name",
+    ),
+)
+_CUT_OFF = re.compile("reset by peer|closed by server|Broken pipe|EOF occurred|Connection lost")
+
+
+def _advice(url: str, error: Exception) -> str:
+    """What to do about a connection that fails for how it is secured, as the end of a sentence."""
+    said = str(error)
+    secure = url.startswith("rediss://")
+    if secure:
+        for pattern, advice in _TLS_ADVICE:
+            if re.search(pattern, said):
+                return f"; {advice}"
+    if secure and isinstance(error, (TimeoutError, exceptions.TimeoutError)):
+        return "; if it does not speak TLS, the URL begins with redis://"
+    if secure and _CUT_OFF.search(said):
+        return "; if it wants a certificate of the client: ?ssl_certfile=<file>&ssl_keyfile=<file>"
+    if url.startswith("redis://") and _CUT_OFF.search(said):
+        return "; if it speaks TLS only, the URL begins with rediss://"
+    return ""
+
+
+# Redis says NOPERM where a command was sent, and this where a script ran it.
+_DENIED = re.compile("^NOPERM|user executing the script can't|has no permissions|No permissions")
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether Redis refuses a user, or what the user asks for."""
+    kinds = (exceptions.AuthenticationError, exceptions.AuthorizationError)
+    denied = (*kinds, exceptions.NoPermissionError)
+    return isinstance(error, denied) or (
+        isinstance(error, RedisError) and bool(_DENIED.search(str(error)))
+    )
 
 
 _PERMANENT = (
@@ -256,8 +328,10 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, _TRANSIENT) or bool(_TRANSIENT_REPLY.search(str(error)))
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """What an error says, without the arguments that some servers repeat: a HELLO's hold the
     password."""
-    said = re.split(r",? with args beginning with", str(error))[0]
-    return said or type(error).__name__
+    said = re.split(r",? with args beginning with", str(error))[0] or type(error).__name__
+    if is_denied(error) and not isinstance(error, exceptions.AuthenticationError):
+        said += "; compare the user's rules with deploy/redis/users.acl (ACL LOG names what it is)"
+    return said

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from recallq.contract import DEFAULT_NAMESPACE, DEFAULT_TENANT, Wait
 from recallq.errors import ConfigurationError
 from recallq.redis_client import check_url
+from recallq.signing import keys_in
 
 ENV_PREFIX = "RECALLQ_"
 
@@ -59,6 +60,10 @@ class ClientSettings(BaseSettings):
     max_page_size: int = Field(10_000, ge=1)
     """Most records one list or search may ask for."""
 
+    signing_keys: str = Field("", repr=False)
+    """Shared secrets, by comma: the first signs messages, and a worker that has any runs only what
+    one of them has signed; see `recallq.signing`."""
+
     traces: bool = False
     """Whether calls, and the jobs that come of them, are traced with OpenTelemetry; see
     `recallq.tracing`. Needs the extra ``traces``."""
@@ -76,6 +81,12 @@ class ClientSettings(BaseSettings):
     @classmethod
     def _redis_scheme(cls, url: str) -> str:
         return check_url(url) if url else url
+
+    @field_validator("signing_keys")
+    @classmethod
+    def _keys_are_long(cls, keys: str) -> str:
+        keys_in(keys)
+        return keys
 
     @field_validator("redis_url")
     @classmethod

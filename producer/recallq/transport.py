@@ -45,8 +45,17 @@ from recallq.errors import (
 from recallq.fleet import FleetState, look
 from recallq.keys import Keys
 from recallq.ledger import LedgerEntry, ProducerLedger
-from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
+from recallq.redis_client import (
+    COMMAND_TIMEOUT,
+    LOST,
+    RedisClient,
+    asking,
+    connect,
+    is_denied,
+    reason_of,
+)
 from recallq.settings import ClientSettings
+from recallq.signing import Signer
 from recallq.workers import WorkerInfo, WorkerRegistry
 
 log = logging.getLogger(__name__)
@@ -87,7 +96,7 @@ class Transport:
         self.clock = FleetClock()
         self.keys = Keys(settings.namespace)
         self._settings = settings
-        self._envelope = CeleryEnvelope(self.client_id)
+        self._envelope = CeleryEnvelope(self.client_id, Signer.of(settings.signing_keys))
         self._sequence = 0
         self._expected: dict[str, _Expected] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -308,7 +317,8 @@ class Transport:
                             self._on_reply(message["data"])
             except LOST as error:
                 if not told:  # once an outage
-                    log.warning("lost the result channel (%s); reconnecting", type(error).__name__)
+                    why = reason_of(error) if is_denied(error) else type(error).__name__
+                    log.warning("lost the result channel (%s); reconnecting", why)
                 told = True
             finally:
                 await redis.aclose(close_connection_pool=True)
@@ -323,11 +333,7 @@ class Transport:
             self._resolve(batch_id, expected, stored)
 
     def _resolve(self, batch_id: str, expected: _Expected, stored: bytes) -> None:
-        try:
-            result = _read_result(stored)
-        except ValueError:
-            log.exception("unreadable result")
-            result = _defect("the worker's result could not be read")
+        result = _read_result(stored)
         left = []
         for waiter in expected.waiters:
             if waiter.outcome.done():
@@ -380,7 +386,16 @@ class Transport:
 
 
 def _read_result(stored: bytes) -> BatchResult:
-    """The batch result inside what Celery's backend stored. Raises ValueError."""
+    """The batch result in what Celery's backend stored; if it cannot be read, one that says so."""
+    try:
+        return _parse_result(stored)
+    except ValueError as error:
+        log.error("unreadable result: %s", type(error).__name__)  # noqa: TRY400  # it would be quoted
+        return _defect("the worker's result could not be read")
+
+
+def _parse_result(stored: bytes) -> BatchResult:
+    """Raises ValueError."""
     meta = orjson.loads(stored)
     if not isinstance(meta, dict) or "status" not in meta:
         raise ValueError("not a Celery result")

@@ -27,8 +27,9 @@ def test_what_is_exported_is_what_is_there() -> None:
 def test_the_list_of_exports_is_this() -> None:
     """A name that goes is a breaking change: it goes on purpose, and from here too."""
     assert set(recallq.__all__) == {
-        "AddResult", "AudioPart", "BackendError", "BackendUnavailable", "ClientClosed",
-        "ClientSettings", "ConfigurationError", "ContentPart", "DataPart", "DeadLetter",
+        "AccessDenied", "AddResult", "AudioPart", "BackendError", "BackendUnavailable",
+        "ClientClosed", "ClientSettings", "ConfigurationError", "ContentPart", "DataPart",
+        "DeadLetter",
         "DeleteResult",
         "FilePart", "Health", "Hit", "ImagePart", "InternalError", "InvalidInput", "JobCancelled",
         "JobError", "JobExpired", "JobFailed", "JobHandle", "JobState", "JobTimeout", "Lane",

@@ -21,7 +21,7 @@ from kombu.entity import Exchange, Queue
 
 from recallq.contract import Lane
 from recallq.errors import RecallQError
-from recallq.redis_client import COMMAND_TIMEOUT
+from recallq.redis_client import COMMAND_TIMEOUT, tls_options
 from recallq_worker import broker, consumer, logs, runtime, tasks
 from recallq_worker import settings as worker_settings
 from recallq_worker.settings import WorkerSettings
@@ -137,6 +137,9 @@ def celery_url(url: str) -> str:
         return f"redis+socket://{location}{parts.path}?{urlencode(query)}"
     if parts.scheme == "rediss":
         query.setdefault("ssl_cert_reqs", "required")
+        if "ssl_check_hostname" in query:  # kombu knows one word only for not to
+            checks = tls_options(query)["ssl_check_hostname"]
+            query["ssl_check_hostname"] = "false" if checks is False else "true"
     options = f"?{urlencode(query)}" if query else ""
     return f"{parts.scheme}://{location}/{database}{options}"
 

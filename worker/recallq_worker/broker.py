@@ -43,7 +43,7 @@ from kombu.utils.json import dumps, loads
 from recallq.contract import BatchResult
 from recallq.envelope import LISTED
 from recallq.errors import ConfigurationError, UndecodableJob, to_wire
-from recallq.redis_client import LOST
+from recallq.redis_client import LOST, NO_INTRODUCTION, tls_options
 from recallq_worker import runtime
 
 log = logging.getLogger(__name__)
@@ -120,8 +120,15 @@ def batch_id_of(envelope: Any) -> str | None:
 def _defect(envelope: Any) -> str | None:
     if not isinstance(envelope, dict):
         return "not a JSON object"
-    if not isinstance(envelope.get("headers") or {}, dict):
+    headers = envelope.get("headers") or {}
+    if not isinstance(headers, dict):
         return "its headers are not an object"
+    # Kombu unpacks a body before anybody has looked at it, and decodes one of a type that it does
+    # not know by whatever codec the message names: a few hundred bytes become a gigabyte.
+    if headers.get("compression"):
+        return "its body is compressed"
+    if envelope.get("content-type") != "application/json":
+        return "its body is not JSON"
     properties = envelope.get("properties")
     if not isinstance(properties, dict):
         return "it has no properties"
@@ -242,6 +249,10 @@ class Channel(redis.Channel):
     _in_poll: Any
     QoS = QoS
     Message = Message
+
+    def _connparams(self, *args: Any, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super()._connparams(*args, **options)
+        return found | tls_options(found) | NO_INTRODUCTION
 
     def _brpop_read(self, **options: Any) -> bool:
         # Kombu's own, but for what it does with bytes that are no message.

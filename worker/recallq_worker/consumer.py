@@ -32,8 +32,11 @@ from celery.worker.state import (
 )
 from kombu.utils.json import dumps
 
-from recallq.redis_client import LOST
+from recallq.contract import Lane, Operation
+from recallq.redis_client import LOST, is_denied, reason_of
+from recallq.signing import HEADER, Signer
 from recallq_worker import runtime
+from recallq_worker import settings as worker_settings
 from recallq_worker.broker import Message, batch_id_of, explain
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,11 @@ _RETRY_STEP = 0.25
 _RETRY_MAX = 1.0
 _PAUSE = 0.5
 _QUIET = 30.0
+_TASKS = frozenset(operation.task_name for operation in Operation)
+"""Celery has tasks of its own, which run other tasks in turn."""
+_MORE = ("callbacks", "errbacks", "chain", "chord")
+"""What a worker would publish once the task is done, wherever the message says, with rights that
+whoever sent it need not have."""
 _REPETITIVE = (
     "celery.backends.base",
     "celery.backends.redis",
@@ -101,6 +109,8 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
             bound_open_broker_sockets(self.connection, COLLECT_SOCKET_TIMEOUT)
             channel.finish_reading()
             self._held += channel.qos.let_go()
+        if is_denied(exc):
+            log.error("Redis refuses what the worker needs: %s", reason_of(exc))
         super().on_connection_error_after_connected(exc)
         if time.monotonic() - self._connected_at < _PAUSE:
             time.sleep(_PAUSE)  # it answers, but refuses: read-only after a failover, say
@@ -129,7 +139,11 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
             nonlocal lost_at
             if lost_at is None:
                 lost_at = time.monotonic()
-                log.error("cannot connect to %s: %s; trying until it answers", conn.as_uri(), error)
+                log.error(
+                    "cannot connect to %s: %s; trying until it answers",
+                    conn.as_uri(),
+                    reason_of(error),
+                )
 
         conn.ensure_connection(
             tell,
@@ -154,10 +168,15 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Message], None]:
         handle = super().create_task_handler(*args, **kwargs)
+        settings = worker_settings.current()
+        signer = Signer.of(settings.signing_keys)
+        queues = frozenset(lane.queue(settings.namespace) for lane in Lane)
 
         def on_task_received(message: Message) -> None:
             try:
                 defect = _defect(message)
+                if defect is None and signer is not None:
+                    defect = _forged(message, signer, queues)
                 if defect is None:
                     handle(message)
                     return
@@ -204,13 +223,28 @@ def _defect(message: Message) -> str | None:
     Much of it would fail in the pool only, where the message is then neither run nor given back,
     and takes a place among those in hand for ever.
     """
-    headers = message.headers
-    if not isinstance(headers.get("task"), str):
+    task = message.headers.get("task")
+    if not isinstance(task, str):
         return "it names no task; messages of Celery's protocol 1 are not understood"
+    if task not in _TASKS:
+        return "it names an unknown task"
     if batch_id_of(message._raw) is None:  # noqa: SLF001
         return "it has no task id"
     payload = message.payload  # kept by the message, so that Celery does not decode it again
     match payload:
-        case [list(), dict(), dict() | None]:
-            return None
+        case [list(), dict(), dict() | None as embedded]:
+            more = [name for name in _MORE if (embedded or {}).get(name)]
+            return f"it asks for more than its task: {', '.join(more)}" if more else None
     return "its body is not [args, kwargs, embed]"
+
+
+def _forged(message: Message, signer: Signer, queues: frozenset[str]) -> str | None:
+    """Of a message that is none by who has a key, for one of this fleet's queues: that it is so."""
+    args, kwargs, _ = message.payload
+    queue = message.delivery_info["routing_key"]
+    if len(args) == 1 and isinstance(args[0], str) and not kwargs and queue in queues:
+        headers = message.headers
+        parts = (headers["task"], headers["id"], queue, args[0])
+        if signer.is_signed(headers.get(HEADER), *parts):
+            return None
+    return "it is not signed with a key of this worker's (RECALLQ_SIGNING_KEYS)"

@@ -25,6 +25,7 @@ from recallq.envelope import CeleryEnvelope
 from recallq.keys import Keys
 from recallq.ledger import NOW, ProducerLedger, indexes
 from recallq.redis_client import RedisClient
+from recallq.signing import Signer
 
 LEASE = 5.0
 """Seconds for which a worker that is silent keeps the batches it runs."""
@@ -290,8 +291,11 @@ class WorkerLedger:
         worker_id: str,
         *,
         one_step: bool,
+        signer: Signer | None = None,
     ) -> None:
-        """`one_step`: whether `redis` is the broker's too, so that a script can push messages."""
+        """`one_step`: whether `redis` is the broker's too, so that a script can push messages.
+        `signer` signs those that are written here."""
+        self._signer = signer
         self._redis = redis
         self._broker = broker
         self._results = results
@@ -365,7 +369,7 @@ class WorkerLedger:
 
     @cached_property
     def _envelope(self) -> CeleryEnvelope:
-        return CeleryEnvelope(self.worker_id)
+        return CeleryEnvelope(self.worker_id, self._signer)
 
     async def _try_to_claim(self, batch_id: str) -> list[Any]:
         keys = [self._keys.batch(batch_id), self._keys.held, self._keys.delayed]

@@ -3,13 +3,16 @@
 A line about a job carries the fields that `recallq_worker.meters` gives it.
 
 Errors are logged without their words, which may quote texts and keys whatever library they come
-from: their types, and where they were raised.
+from: their types, and where they were raised. And of libraries that are not known to be discreet,
+only warnings are logged.
 """
 
 from __future__ import annotations
 
 import logging
 import traceback
+from functools import lru_cache
+from importlib.metadata import entry_points
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -17,6 +20,7 @@ from celery.signals import after_setup_logger, after_setup_task_logger
 from pythonjsonlogger.orjson import OrjsonFormatter
 
 from recallq_worker import settings as worker_settings
+from recallq_worker.backends import registry
 
 _ExcInfo: TypeAlias = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -38,6 +42,22 @@ def _set_up(logger: logging.Logger, **_: Any) -> None:
         formatter = JsonFormatter()
     for handler in logger.handlers:
         handler.setFormatter(formatter)
+        handler.addFilter(_is_discreet)
+
+
+@lru_cache(maxsize=1)
+def _ours() -> frozenset[str]:
+    """Packages whose every line may be read: ours, Celery's, and those of backends."""
+    backends = {each.module.partition(".")[0] for each in entry_points(group=registry.GROUP)}
+    return frozenset({"recallq", "recallq_worker", "celery", "kombu", *backends})
+
+
+def _is_discreet(record: logging.LogRecord) -> bool:
+    """Whether it is none that tells what was sent to a model, or to a task: at level DEBUG the
+    libraries that talk to models write down all that they send."""
+    if record.levelno >= logging.WARNING:
+        return True
+    return record.name != "celery.pool" and record.name.partition(".")[0] in _ours()
 
 
 def told_of(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from redis.commands.core import Script
 from recallq.contract import PARTIAL, BatchResult, Outcome, client_of, failed, fields_of
 from recallq.errors import InternalError
 from recallq.keys import Keys
-from recallq.redis_client import LOST
+from recallq.redis_client import LOST, NO_INTRODUCTION, connect_threads, tls_options
 from recallq_worker import settings as worker_settings
 
 # KEYS: batch, held, delayed, outstanding, totals. ARGV: batch id, prefix of the queued sets.
@@ -99,7 +99,10 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no annota
         self._keys = Keys(settings.namespace)
         self._coordination: Redis | None = None
         if settings.coordination_url != settings.result_url:
-            self._coordination = Redis.from_url(settings.coordination_url)
+            self._coordination = connect_threads(settings.coordination_url)
+
+    def _add_driver_info(self) -> None:
+        self.connparams.update(tls_options(self.connparams), **NO_INTRODUCTION)
 
     @cached_property
     def _store(self) -> Script:

@@ -28,6 +28,7 @@ from recallq.errors import ConfigurationError, MissingExtra, RecallQError, Servi
 from recallq.fleet import FleetState, look
 from recallq.keys import Keys
 from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
+from recallq.signing import Signer
 from recallq.workers import SIGN_OF_LIFE_EVERY, WorkerInfo, WorkerRegistry
 from recallq_worker.backends import registry
 from recallq_worker.backends.base import (
@@ -245,6 +246,10 @@ class Runtime:
             async with asking(url, "cannot start the worker"):
                 await client.ping()
         coordination = self._clients[settings.coordination_url]
+        broker = self._clients[settings.broker_url]
+        async with asking(settings.broker_url, "cannot start the worker"):
+            for lane in self._lanes:  # a client's user may put messages there, and no more
+                await broker.llen(lane.queue(settings.namespace))
         clock = FleetClock()
         async with asking(settings.coordination_url, "cannot read the time"):
             await clock.calibrate(coordination)
@@ -281,11 +286,12 @@ class Runtime:
         )
         ledger = WorkerLedger(
             coordination,
-            self._clients[settings.broker_url],
+            broker,
             self._clients[settings.result_url],
             self._keys,
             self.worker_id,
             one_step=settings.broker_url == settings.coordination_url,
+            signer=Signer.of(settings.signing_keys),
         )
         slow_ledger = SlowLedger(
             coordination, self._keys, ledger, indexing=takes_second_step(memory)

@@ -397,20 +397,34 @@ def _turn(
 
 
 def _pending(job_id: str, item: bytes, tried: bytes) -> PendingJob:
+    """Raises ValueError for what cannot be read."""
     header, _, body = item.partition(b"\n")
     kind, epoch, *_ = header.decode().split("|")
     stored: dict[str, Any] | None = None
     if kind == "i":
         before, _, body = body.partition(b"\n")
-        stored = orjson.loads(before)
+        stored = _object(before)
     job: AddJob | DeleteJob
     job = (DeleteJob if kind == "d" else AddJob).model_validate_json(body)
     pending = PendingJob(job_id, job, int(epoch), stored)
     if tried:
-        earlier = orjson.loads(tried)
-        pending.attempts, pending.history = earlier["attempts"], earlier["history"]
-        pending.due = earlier.get("due", 0.0)
+        match {"due": 0.0, **_object(tried)}:
+            case {
+                "attempts": int() as attempts,
+                "history": list() as history,
+                "due": int() | float() as due,
+            }:
+                pending.attempts, pending.history, pending.due = attempts, history, due
+            case _:
+                raise ValueError("its earlier tries cannot be read")
     return pending
+
+
+def _object(value: bytes) -> dict[str, Any]:
+    found = orjson.loads(value)
+    if not isinstance(found, dict):
+        raise ValueError("no object")  # noqa: TRY004  # what is read is wrong, not what is called
+    return found
 
 
 def _verdict(what: bytes, detail: bytes) -> Verdict:

@@ -8,6 +8,7 @@ Redis, and go back to their queues when it returns.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from recallq.redis_client import NO_INTRODUCTION
 from recallq_worker import runtime
 from recallq_worker import settings as worker_settings
 
@@ -43,15 +45,26 @@ class StopDeadline(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has
     requires = ("celery.worker.components:Pool",)  # forks come before threads
 
     def start(self, worker: Any) -> None:
-        threading.Thread(
-            target=_watch, args=(worker,), name="recallq-stop-deadline", daemon=True
-        ).start()
+        over = threading.Event()
+        watching = threading.Thread(
+            target=_watch, args=(worker, over), name="recallq-stop-deadline", daemon=True
+        )
+        watching.start()
+        atexit.register(_stop_watching, watching, over)
 
 
-def _watch(worker: Any) -> None:
+def _stop_watching(watching: threading.Thread, over: threading.Event) -> None:
+    """Before OpenSSL is taken down: a thread that makes a connection at that moment dies of it, and
+    takes the exit code along."""
+    over.set()
+    watching.join(_ANSWER_WITHIN)
+
+
+def _watch(worker: Any, over: threading.Event) -> None:
     # Not by a signal handler: it may run at a moment when its thread holds a lock it would need.
     while not _is_stopping(worker):
-        time.sleep(_ASK_EVERY)
+        if over.wait(_ASK_EVERY):
+            return
     settings = worker_settings.current()
     urls = {settings.broker_url, settings.coordination_url, settings.result_url}
     last_heard = time.monotonic()
@@ -59,7 +72,8 @@ def _watch(worker: Any) -> None:
         asked_at = time.monotonic()
         if all(_answers(url) for url in urls):
             last_heard = asked_at
-        time.sleep(_ASK_EVERY)
+        if over.wait(_ASK_EVERY):
+            return
     log.critical(
         "told to stop, but Redis has not answered for %.0f s; ending without it. What was in hand "
         "goes back to its queue when Redis returns.",
@@ -81,6 +95,7 @@ def _answers(url: str) -> bool:
         socket_timeout=_ANSWER_WITHIN,
         socket_connect_timeout=_ANSWER_WITHIN,
         retry=Retry(NoBackoff(), 0),
+        **NO_INTRODUCTION,
     )
     try:
         return bool(client.ping())

@@ -87,7 +87,7 @@ def _decode(task: Task, payload: object) -> AnyBatch:
             "the batch's id has a character that ids must not have: | or a new line"
         )
     if batch.id != task.request.id:
-        raise UndecodableJob(f"batch {batch.id} came as task {task.request.id}")
+        raise UndecodableJob("the batch has another id than its task")
     return batch
 
 

@@ -14,7 +14,7 @@ from recallq.cli.memory import JsonOption
 from recallq.cli.runner import run
 from recallq.client import MemoryClient
 from recallq.contract import PROTOCOL_VERSION, Lane
-from recallq.errors import JobTimeout, RecallQError
+from recallq.errors import AccessDenied, JobTimeout, RecallQError
 from recallq.redis_client import RedisClient, asking, connect, redact
 from recallq.settings import ClientSettings
 from recallq.workers import WorkerInfo
@@ -89,6 +89,8 @@ async def _examine_redis(role: str, url: str, settings: ClientSettings) -> list[
                 findings.append(await _write_and_read(role, redis, settings))
     except RecallQError as error:
         advice = "start a Redis there, or set the right URL; 'recallq up' runs one for you"
+        if isinstance(error, AccessDenied):
+            advice = "give the user its password and rights; deploy/security.md has them"
         return [Finding(check, "failed", str(error), advice)]
     finally:
         await redis.aclose(close_connection_pool=True)

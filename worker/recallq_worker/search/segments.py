@@ -150,6 +150,8 @@ def _decoded(fields: Mapping[bytes, bytes]) -> Messages:
         counts = np.frombuffer(bucket, "<u2", many, 2 + 4 * many)
         total = int(counts.sum())
         at = 2 + 6 * many
+        if len(bucket) != at + 3 * total:  # before room is made for as many as it says
+            raise ValueError("a bucket of another size")
         terms.append(np.repeat(np.frombuffer(bucket, "<u4", many, 2), counts))
         numbers.append(np.frombuffer(bucket, "<u2", total, at).astype(np.int64))
         weights.append(np.frombuffer(bucket, "u1", total, at + 2 * total))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -52,14 +53,16 @@ class Head(NamedTuple):
 
 def parse_row(row_id: bytes, value: bytes | None) -> Row | None:
     """The row that a value describes; None for a damaged one."""
-    try:
+    row = None
+    with suppress(ValueError, RecursionError):
         line, group, payload = (value or b"").split(b"\n", 2)
         head = Head.parse(line)
-        return Row(to_str(row_id), from_json(payload), head.order, head.epoch, from_json(group))
-    except ValueError:
-        # Damaged by another hand. The owner's other rows stay readable.
-        log.error("a row is damaged and left out")  # noqa: TRY400  # the traceback would quote it
-        return None
+        row = Row(to_str(row_id), from_json(payload), head.order, head.epoch, from_json(group))
+    if row is not None and isinstance(row.payload, dict) and isinstance(row.group, str):
+        return row
+    # Damaged by another hand. The owner's other rows stay readable.
+    log.error("a row is damaged and left out")
+    return None
 
 
 def escaped(name: str) -> str:
