@@ -19,7 +19,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Generic, Literal, Self, TypeAlias, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from recallq.errors import (
     JobCancelled,
@@ -88,6 +88,13 @@ class Scope:
 # --- jobs ---------------------------------------------------------------------------------------
 
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def _traceparent(value: object) -> str | None:
+    return value if isinstance(value, str) and _TRACEPARENT.fullmatch(value) else None
+
+
 class Job(BaseModel):
     """One call. Times are seconds since the epoch on the coordination Redis's clock."""
 
@@ -99,8 +106,9 @@ class Job(BaseModel):
     submitted_at: float
     deadline: float | None = None
     """Not begun after this moment."""
-    trace: str | None = None
-    """Of the span of the call that made it, if it is traced: a W3C ``traceparent``."""
+    trace: Annotated[str | None, BeforeValidator(_traceparent)] = None
+    """Of the span of the call that made it, if it is traced: a W3C ``traceparent``. What is none is
+    left out: no job fails for it."""
 
     @property
     def weight(self) -> int:
@@ -284,6 +292,12 @@ def decode_batch(payload: object) -> AnyBatch:
         # Whatever the sender wrote: record ids derive from it, and two jobs must not share them.
         job.id = f"{batch.id}-{index}"
     return batch
+
+
+def speaks_newer(payload: object) -> bool:
+    """Whether a Celery message's argument is a batch that only a newer worker can read."""
+    version = _version_of(payload) if isinstance(payload, str) else None
+    return isinstance(version, int) and version > PROTOCOL_VERSION
 
 
 def _version_of(payload: str) -> object:

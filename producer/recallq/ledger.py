@@ -14,7 +14,7 @@ lease, or delayed until its next attempt. Its hash:
     h history: a JSON line per attempt   o the jobs to be tried again: when, and how often they ran
     r the job that is run alone   k<i> how often job i was run alone and did not come to an end
     c, p indexes of the jobs that were cancelled while queued, asked to stop while running: "3,17,"
-    x jobs that no longer count as outstanding
+    x jobs that no longer count as outstanding   v how often it was left to newer workers
     y set once the open jobs were handed to the slow lane; then the batch is delayed until one of
       them is answered there   g<i> set while job i is worked on there   u<i> job i's answer
 

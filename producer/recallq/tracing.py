@@ -10,9 +10,12 @@ Spans carry ids, tenants and a digest of the user's id; neither what was said no
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
+import logging
 import os
+import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,9 +26,13 @@ from recallq.errors import ConfigurationError, MissingExtra
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.trace import Span, SpanContext
+    from opentelemetry.trace import Span, SpanContext, SpanKind
+
+log = logging.getLogger(__name__)
 
 _PARENT = "traceparent"
+_FAREWELL = 3.0
+"""Seconds for which a process that ends waits until its last spans are sent."""
 
 K = TypeVar("K", bound=Hashable)
 
@@ -38,44 +45,105 @@ def user_digest(tenant: str, user_id: str) -> str:
     return hashlib.sha256(f"{len(tenant)}:{tenant}{user_id}".encode()).hexdigest()[:16]
 
 
+class unharmed:  # noqa: N801  # read as a word: with unharmed("tracing")
+    """For what only watches: whatever goes wrong in it harms no job, and is logged by its name."""
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        with contextlib.suppress(Exception):
+            log.warning("%s failed: %s", self._doing, type(error).__name__)
+        return True
+
+
+class OpenSpan:
+    """A span that has begun, or none where tracing itself failed. Nothing here raises."""
+
+    def __init__(self, api: Any, span: Span | None) -> None:
+        self._api = api
+        self._span = span
+
+    @property
+    def context(self) -> SpanContext | None:
+        """What others refer to it by."""
+        with unharmed("tracing"):
+            return None if self._span is None else self._span.get_span_context()
+        return None
+
+    @property
+    def within(self) -> Context | None:
+        """For what belongs below it."""
+        return None if self._span is None else self._api.set_span_in_context(self._span)
+
+    def tell(self, name: str, value: str) -> None:
+        with unharmed("tracing"):
+            if self._span is not None:
+                self._span.set_attribute(name, value)
+
+    def link(self, other: SpanContext | None) -> None:
+        with unharmed("tracing"):
+            if self._span is not None and other is not None:
+                self._span.add_link(other)
+
+    def failed(self, error: str) -> None:
+        """What it stands for failed; `error` is a name or a code, for words may quote what was
+        said."""
+        with unharmed("tracing"):
+            if self._span is not None:
+                self._span.set_status(self._api.StatusCode.ERROR, error)
+
+    def settled(self, outcome: Outcome) -> None:
+        """What a call comes to."""
+        self.tell("recallq.state", outcome.state.value)
+        if outcome.error is not None:
+            self.failed(str(outcome.error.get("code")))
+
+    def end(self) -> None:
+        with unharmed("tracing"):
+            if self._span is not None:
+                self._span.end()
+
+
 class Tracer:
     """Makes the spans of one process. Raises `MissingExtra` without the extra ``traces``."""
 
     def __init__(self) -> None:
         try:
-            from opentelemetry import trace
+            from opentelemetry import context, trace
             from opentelemetry.trace.propagation import tracecontext
         except ImportError as error:
             raise MissingExtra("RECALLQ_TRACES", "traces") from error
         self._api = trace
+        self._context = context
         self._propagator = tracecontext.TraceContextTextMapPropagator()
         self._tracer = trace.get_tracer("recallq", version("recallq"))
 
     # --- clients --------------------------------------------------------------------------------
 
     @contextmanager
-    def sending(self, operation: Operation, lane: Lane, job: Job) -> Iterator[Sent]:
+    def sending(self, operation: Operation, lane: Lane, job: Job) -> Iterator[OpenSpan]:
         """The span of a client's call, which the job tells its worker of."""
-        with self._tracer.start_as_current_span(
-            f"recallq.{operation.value}",
-            kind=self._api.SpanKind.PRODUCER,
-            attributes=_attributes(job) | {"recallq.lane": lane.value},
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            if span.get_span_context().trace_flags.sampled:
+        kind = self._api.SpanKind.PRODUCER
+        told = {"recallq.lane": lane.value}
+        with self._current(f"recallq.{operation.value}", None, kind, job, told) as span:
+            context = span.context
+            if context is not None and context.trace_flags.sampled:
                 carrier: dict[str, str] = {}
-                self._propagator.inject(carrier)
-                job.trace = carrier[_PARENT]
+                self._propagator.inject(carrier, context=span.within)
+                job.trace = carrier.get(_PARENT)
             try:
-                yield Sent(self, span)
-            except BaseException as error:
-                # Its name only: the words of an error may quote what was said.
-                self.failed(span, type(error).__name__)
-                raise
+                yield span
             finally:
                 if job.id:
-                    span.set_attribute("recallq.job", job.id)
+                    span.tell("recallq.job", job.id)
 
     # --- workers --------------------------------------------------------------------------------
 
@@ -83,81 +151,95 @@ class Tracer:
         self, name: str, jobs: Mapping[K, Job], more: Mapping[str, Any]
     ) -> JobSpans[K] | None:
         """Begins the spans of those of `jobs` that are traced; None if none is."""
-        spans: dict[K, Span] = {}
+        spans: dict[K, OpenSpan] = {}
         for key, job in jobs.items():
             if job.trace is None:
                 continue
-            context = self._propagator.extract({_PARENT: job.trace})
-            if not self._api.get_current_span(context).get_span_context().is_valid:
-                continue  # somebody else's writing
-            spans[key] = self._tracer.start_span(
-                name,
-                context=context,
-                kind=self._api.SpanKind.CONSUMER,
-                attributes={**_attributes(job), "recallq.job": job.id, **more},
-            )
+            with unharmed("tracing"):
+                context = self._propagator.extract({_PARENT: job.trace})
+                if self._api.get_current_span(context).get_span_context().is_valid:
+                    told = {"recallq.job": job.id, **more}
+                    kind = self._api.SpanKind.CONSUMER
+                    spans[key] = self._begin(name, context, kind, job, told)
         return JobSpans(self, spans) if spans else None
 
     @contextmanager
-    def calling(self, name: str, spans: Sequence[Span]) -> Iterator[None]:
+    def calling(self, name: str, spans: Sequence[OpenSpan]) -> Iterator[OpenSpan]:
         """The span of a call of the backend for jobs with these spans, of which there is one."""
         first, *others = spans
-        with self._tracer.start_as_current_span(
-            name,
-            context=self._within(first),
-            kind=self._api.SpanKind.CLIENT,
-            links=[self._api.Link(each.get_span_context()) for each in others],
-            attributes={"recallq.traced_jobs": len(spans)},
-            record_exception=False,
+        kind = self._api.SpanKind.CLIENT
+        with self._current(
+            name, first.within, kind, None, {"recallq.traced_jobs": len(spans)}
         ) as span:
-            context: SpanContext = span.get_span_context()
+            context = span.context
             for each in others:
-                each.add_link(context)
-            yield
+                span.link(each.context)
+                each.link(context)
+            yield span
 
-    def failed(self, span: Span, error: str) -> None:
-        """What a span stands for failed; `error` is a name or a code."""
-        span.set_status(self._api.StatusCode.ERROR, error)
+    def _begin(
+        self,
+        name: str,
+        within: Context | None,
+        kind: SpanKind,
+        job: Job | None,
+        told: Mapping[str, Any],
+    ) -> OpenSpan:
+        with unharmed("tracing"):
+            about = {} if job is None else _attributes(job)
+            span = self._tracer.start_span(name, within, kind, attributes={**about, **told})
+            return OpenSpan(self._api, span)
+        return OpenSpan(self._api, None)
 
-    def _within(self, span: Span) -> Context:
-        return self._api.set_span_in_context(span)
-
-
-class Sent:
-    """The span of a client's call."""
-
-    def __init__(self, tracer: Tracer, span: Span) -> None:
-        self._tracer = tracer
-        self._span = span
-
-    def settled(self, outcome: Outcome) -> None:
-        """What the call comes to."""
-        self._span.set_attribute("recallq.state", outcome.state.value)
-        if outcome.error is not None:
-            self._tracer.failed(self._span, str(outcome.error.get("code")))
+    @contextmanager
+    def _current(
+        self,
+        name: str,
+        within: Context | None,
+        kind: SpanKind,
+        job: Job | None,
+        told: Mapping[str, Any],
+    ) -> Iterator[OpenSpan]:
+        """A span that what is called meanwhile finds itself in."""
+        span = self._begin(name, within, kind, job, told)
+        token = None
+        with unharmed("tracing"):
+            if (current := span.within) is not None:
+                token = self._context.attach(current)
+        try:
+            yield span
+        except BaseException as error:
+            span.failed(type(error).__name__)
+            raise
+        finally:
+            with unharmed("tracing"):
+                if token is not None:
+                    self._context.detach(token)
+            span.end()
 
 
 class JobSpans(Generic[K]):
     """The spans of jobs that are run together."""
 
-    def __init__(self, tracer: Tracer, spans: dict[K, Span]) -> None:
+    def __init__(self, tracer: Tracer, spans: dict[K, OpenSpan]) -> None:
         self._tracer = tracer
         self._spans = spans
 
-    def calling(self, name: str, keys: Sequence[K]) -> contextlib.AbstractContextManager[None]:
-        """For a call of the backend on behalf of some of the jobs."""
+    def calling(
+        self, name: str, keys: Sequence[K]
+    ) -> contextlib.AbstractContextManager[OpenSpan | None]:
+        """For a call of the backend on behalf of some of the jobs; None if none is traced."""
         spans = [self._spans[key] for key in keys if key in self._spans]
         return self._tracer.calling(name, spans) if spans else contextlib.nullcontext()
 
     def ended(self, key: K, state: str, error: str | None = None) -> None:
         """What became of a job, if it is traced."""
         span = self._spans.pop(key, None)
-        if span is None:
-            return
-        span.set_attribute("recallq.state", state)
-        if error is not None:
-            self._tracer.failed(span, error)
-        span.end()
+        if span is not None:
+            span.tell("recallq.state", state)
+            if error is not None:
+                span.failed(error)
+            span.end()
 
     def over(self, state: str) -> None:
         """The run is over; this is what became of all others."""
@@ -183,7 +265,7 @@ def export(service: str) -> Any:
     Goes by OpenTelemetry's variables: ``OTEL_TRACES_EXPORTER`` (``otlp`` by default, ``console``,
     ``none``), ``OTEL_EXPORTER_OTLP_*`` (by HTTP), ``OTEL_TRACES_SAMPLER``, ``OTEL_SERVICE_NAME``
     (`service` by default), ``OTEL_RESOURCE_ATTRIBUTES``. Returns what has a ``shutdown`` that sends
-    what is left, or None. Raises `MissingExtra`, `ConfigurationError`.
+    what is left within a few seconds, or None. Raises `MissingExtra`, `ConfigurationError`.
     """
     try:
         from opentelemetry import trace
@@ -215,7 +297,23 @@ def export(service: str) -> Any:
                 f"OTEL_TRACES_EXPORTER is {other!r}; say otlp, console or none"
             )
     name = os.environ.get("OTEL_SERVICE_NAME") or service
-    provider = TracerProvider(resource=Resource.create({"service.name": name}))
+    # By itself it would wait at the process's end for as long as the collector takes.
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": name}), shutdown_on_exit=False
+    )
     provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
-    return provider
+    return _Farewell(provider)
+
+
+class _Farewell:
+    """Sends what is left, but does not wait for a collector that says nothing."""
+
+    def __init__(self, provider: Any) -> None:
+        self._provider = provider
+        atexit.register(self.shutdown)
+
+    def shutdown(self) -> None:
+        sending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(_FAREWELL)

@@ -10,7 +10,7 @@ from typing import cast
 
 from pydantic import BaseModel, ValidationError
 
-from recallq.contract import PROTOCOL_VERSION, Lane
+from recallq.contract import Lane
 from recallq.keys import Keys
 from recallq.redis_client import RedisClient
 
@@ -31,7 +31,7 @@ class WorkerInfo(BaseModel):
     lanes: list[Lane]
     concurrency: int
     started_at: float
-    protocol: int = PROTOCOL_VERSION
+    protocol: int = 1
     """The newest that it reads; see `recallq.contract.PROTOCOL_VERSION`."""
     http: str | None = None
     """Where it answers /healthz, /readyz and /metrics, if it does."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import signal
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -130,6 +133,39 @@ async def test_a_port_that_is_taken(start_worker: StartWorker) -> None:
         await eventually(ended)
     assert "RECALLQ_HTTP_PORT" in worker.output
     assert "Traceback" not in worker.output
+
+
+async def test_connections_that_say_nothing(
+    client: MemoryClient, start_worker: StartWorker
+) -> None:
+    worker = await asyncio.to_thread(lambda: start_worker(http_port=0))
+    (address,) = await addresses(client)
+    host, _, port = address.rpartition(":")
+    with contextlib.ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(200)
+        ]
+        assert len(psutil.Process(worker.pid).net_connections()) < 120
+        await asyncio.to_thread(silent[0].recv, 1)  # it is closed after a while
+        await asyncio.sleep(0.5)  # so are the others
+        assert ask(address, "/healthz") == (200, "ok\n")
+    reset = socket.create_connection((host, int(port)))
+    reset.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reset.close()
+    await asyncio.sleep(0.5)
+    assert "Traceback" not in worker.output
+
+
+async def test_an_address_that_is_not_here(start_worker: StartWorker) -> None:
+    worker = start_worker(ready=False, http_port=0, http_host="192.0.2.1")
+
+    async def ended() -> bool:
+        return not worker.is_alive()
+
+    await eventually(ended)
+    assert "RECALLQ_HTTP_HOST" in worker.output
+    assert "port of its own" not in worker.output
 
 
 async def test_without_a_port_nothing_listens(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -189,18 +191,25 @@ async def test_what_is_not_sampled_costs_the_worker_nothing(
     assert {each.name for each in collector.spans} == {"redis.search", "recallq.run search"}
 
 
-async def test_a_worker_that_stops_sends_what_is_left_and_none_waits_for_a_collector_that_is_gone(
-    client: MemoryClient, start_worker: StartWorker
+@pytest.mark.parametrize("listens", [True, False])
+async def test_none_waits_for_a_collector_that_says_nothing(
+    client: MemoryClient, start_worker: StartWorker, listens: bool
 ) -> None:
+    silent = socket.create_server(("127.0.0.1", 0))
+    port = silent.getsockname()[1]
+    if not listens:
+        silent.close()
     environment = {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
         "OTEL_BSP_SCHEDULE_DELAY": "100",
     }
     worker = await asyncio.to_thread(lambda: start_worker(traces=True, environment=environment))
     for number in range(20):
         await client.add_memory("ann", f"tea {number}")
     assert len(await client.list_memory("ann", {"page_size": 100})) == 20
-    await asyncio.to_thread(worker.stop)
+    worker.signal(signal.SIGTERM)
+    assert await asyncio.to_thread(worker.wait, 8) == 0
+    silent.close()
 
 
 def test_commands_are_traced_too(

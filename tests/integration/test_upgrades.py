@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import cast
 
 import pytest
 
@@ -11,7 +12,7 @@ from recallq import Lane, MemoryClient, contract
 from recallq.cli.doctor import _judge_workers
 from recallq.contract import PROTOCOL_VERSION
 from recallq.workers import WorkerInfo
-from tests.support import Worker, eventually
+from tests.support import Worker, eventually, redis_at
 
 StartWorker = Callable[..., Worker]
 NEXT = PROTOCOL_VERSION + 1
@@ -45,15 +46,48 @@ async def test_old_workers_leave_what_they_cannot_read_to_newer_ones(
     await eventually(left)
     assert not any([(await handle.status()).settled for handle in handles])
     new = await asyncio.to_thread(lambda: start_worker(backend="tomorrow"))
+    assert {each.protocol for each in await client.workers()} == {PROTOCOL_VERSION, NEXT}
+    await asyncio.to_thread(old.stop)
     for handle in handles:
         assert (await handle.result(60)).added == 1
     assert await texts(client, "ann") == [f"line {n}" for n in range(5)]
     assert await client.dead_letters.count() == 0
     state = await client.transport.fleet()
     assert all(lane.outstanding == 0 for lane in state.lanes)
-    assert {each.protocol for each in await client.workers()} == {PROTOCOL_VERSION, NEXT}
     assert new.is_alive()
     assert old.output.count("left to newer workers") == 1  # once a minute is enough
+
+
+async def test_an_operation_that_is_not_known_yet_is_left_as_well(
+    client: MemoryClient, start_worker: StartWorker, of_tomorrow: None
+) -> None:
+    handle = await client.submit_add("ann", "tea")
+    queue = Lane.LIVE.queue(client.settings.namespace)
+    async with redis_at(client.settings.redis_url) as redis:
+        message = cast("bytes", await redis.rpop(queue))
+        await redis.lpush(queue, message.replace(b"recallq.add", b"recallq.sum"))
+    old = await asyncio.to_thread(start_worker)
+
+    async def left() -> bool:
+        return "left to newer workers" in old.output
+
+    await eventually(left)
+    assert not (await handle.status()).settled
+    assert await client.dead_letters.count() == 0
+
+
+async def test_many_that_are_left_do_not_keep_a_worker_from_all_else(
+    client: MemoryClient, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.to_thread(start_worker)
+    monkeypatch.setattr(contract, "PROTOCOL_VERSION", NEXT)
+    for _ in range(1000):  # a batch each
+        await client.submit_add("ann", "tea")
+    monkeypatch.setattr(contract, "PROTOCOL_VERSION", PROTOCOL_VERSION)
+    await client.search("bob", "tea")  # behind them, for once
+    for _ in range(20):
+        await asyncio.sleep(0.3)
+        await client.search("bob", "tea", timeout=5)
 
 
 async def test_new_workers_serve_old_clients(

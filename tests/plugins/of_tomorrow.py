@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from recallq import contract, workers
+from recallq import contract
 from recallq_worker.backends.redis import RedisStore
 
 NEXT = contract.PROTOCOL_VERSION + 1
 contract.PROTOCOL_VERSION = NEXT
-workers.WorkerInfo.model_fields["protocol"].default = NEXT
-workers.WorkerInfo.model_rebuild(force=True)
 
 
 class TomorrowsStore(RedisStore):

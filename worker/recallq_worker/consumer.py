@@ -32,7 +32,8 @@ from celery.worker.state import (
 )
 from kombu.utils.json import dumps
 
-from recallq.contract import Lane, Operation
+from recallq.contract import Lane, Operation, speaks_newer
+from recallq.errors import ConfigurationError
 from recallq.redis_client import LOST, is_denied, reason_of
 from recallq.signing import HEADER, Signer
 from recallq_worker import runtime
@@ -47,6 +48,7 @@ _PAUSE = 0.5
 _QUIET = 30.0
 _TASKS = frozenset(operation.task_name for operation in Operation)
 """Celery has tasks of its own, which run other tasks in turn."""
+_UNKNOWN = "it names an unknown task"
 _MORE = ("callbacks", "errbacks", "chain", "chord")
 """What a worker would publish once the task is done, wherever the message says, with rights that
 whoever sent it need not have."""
@@ -180,6 +182,10 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
                 if defect is None:
                     handle(message)
                     return
+                genuine = signer is None or not _forged(message, signer, queues)
+                if defect is _UNKNOWN and genuine and _left(message):
+                    message.ack()
+                    return
             except LOST:
                 if not message.acknowledged:
                     message.requeue()
@@ -197,7 +203,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
         self._bury(message, "it names no task")
 
     def on_unknown_task(self, body: Any, message: Message, exc: BaseException) -> None:
-        self._bury(message, "it names an unknown task")
+        self._bury(message, _UNKNOWN)
 
     def on_invalid_task(self, body: Any, message: Message, exc: BaseException) -> None:
         self._bury(message, f"its headers are not a task's: {explain(exc)}")
@@ -227,7 +233,7 @@ def _defect(message: Message) -> str | None:
     if not isinstance(task, str):
         return "it names no task; messages of Celery's protocol 1 are not understood"
     if task not in _TASKS:
-        return "it names an unknown task"
+        return _UNKNOWN
     if batch_id_of(message._raw) is None:  # noqa: SLF001
         return "it has no task id"
     payload = message.payload  # kept by the message, so that Celery does not decode it again
@@ -236,6 +242,20 @@ def _defect(message: Message) -> str | None:
             more = [name for name in _MORE if (embedded or {}).get(name)]
             return f"it asks for more than its task: {', '.join(more)}" if more else None
     return "its body is not [args, kwargs, embed]"
+
+
+def _left(message: Message) -> bool:
+    """Whether an unknown task is one of a newer protocol, and left to newer workers."""
+    args, _, _ = message.payload
+    batch_id = batch_id_of(message._raw)  # noqa: SLF001
+    if batch_id is None or len(args) != 1 or not speaks_newer(args[0]):
+        return False
+    try:
+        process = runtime.current()
+    except ConfigurationError:
+        return False  # the parent of forked workers
+    reason = "it asks for what this version does not know"
+    return process.submit(process.services.runner.leave(batch_id, reason)).result()
 
 
 def _forged(message: Message, signer: Signer, queues: frozenset[str]) -> str | None:

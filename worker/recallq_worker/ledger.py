@@ -12,7 +12,7 @@ was done and answered, and only the acknowledgement was lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -432,12 +432,13 @@ class WorkerLedger:
         )
         await self.push([pushed] if pushed else [])
 
-    async def leave(self, batch_id: str, delay: float) -> bool:
-        """Hands back a batch that was delivered here, for another to run after `delay` seconds.
-        False if it is not outstanding."""
+    async def leave(self, batch_id: str, delay: Callable[[int], float]) -> bool:
+        """Hands back a batch that was delivered here, for another to run. False if it is not
+        outstanding. `delay` says for how long it stays away when it is left for the nth time."""
         state = (await self._try_to_claim(batch_id))[0]
         if state == b"claimed":
-            await self.release(batch_id, delay)
+            times = await self._redis.hincrby(self._keys.batch(batch_id), "v", 1)
+            await self.release(batch_id, delay(times))
         return bool(state != b"unknown")
 
     @property

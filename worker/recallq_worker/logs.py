@@ -26,8 +26,14 @@ _ExcInfo: TypeAlias = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 )
 
-_FIELDS = ("job", "batch", "operation", "lane", "tenant", "user", "trace", "state", "error")
-_NUMBERS = ("attempts", "queued_seconds", "run_seconds")
+_FIELDS = (
+    "job", "batch", "operation", "lane", "tenant", "user", "trace", "state", "error",
+    "attempts", "queued_seconds", "run_seconds",
+)  # fmt: skip
+_OWN = frozenset({"time", "level", "logger", "message", "exc_info", "stack_info"})
+_ERRORS = 20
+"""Most errors that are told together, and most frames of each."""
+_FRAMES = 50
 
 
 def install() -> None:
@@ -43,6 +49,7 @@ def _set_up(logger: logging.Logger, **_: Any) -> None:
     for handler in logger.handlers:
         handler.setFormatter(formatter)
         handler.addFilter(_is_discreet)
+        handler.addFilter(_without_words)
 
 
 @lru_cache(maxsize=1)
@@ -60,19 +67,33 @@ def _is_discreet(record: logging.LogRecord) -> bool:
     return record.name != "celery.pool" and record.name.partition(".")[0] in _ours()
 
 
+def _without_words(record: logging.LogRecord) -> bool:
+    """Takes the words out of what Celery tells of a task that failed. True: it is logged."""
+    if record.name == "celery.app.trace" and isinstance(record.args, dict) and "exc" in record.args:
+        name = str(record.args["exc"]).partition("(")[0]
+        record.args = {**record.args, "exc": name, "traceback": ""}
+    return True
+
+
 def told_of(error: BaseException) -> str:
     """An error as a traceback has it, its causes first, without their words."""
+    return _told(error, set())
+
+
+def _told(error: BaseException, seen: set[int]) -> str:
+    """The same, for each error once: one taken out of a group has the group as its context."""
     told: list[str] = []
-    seen: set[int] = set()
     each: BaseException | None = error
-    while each is not None and id(each) not in seen:
+    while each is not None and id(each) not in seen and len(seen) < _ERRORS:
         seen.add(id(each))
-        stack = "".join(traceback.format_tb(each.__traceback__))
+        stack = "".join(traceback.format_tb(each.__traceback__, limit=-_FRAMES))
         inner = each.exceptions if isinstance(each, BaseExceptionGroup) else ()
         name = f"{type(each).__module__}.{type(each).__qualname__}"
         told.append(
             f"Traceback (most recent call last):\n{stack}{name} (its words are not logged)"
-            + "".join(f"\none of its errors:\n{told_of(one)}" for one in inner)
+            + "".join(
+                f"\none of its errors:\n{said}" for one in inner if (said := _told(one, seen))
+            )
         )
         each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
     return "\nled to:\n".join(reversed(told))
@@ -85,12 +106,12 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
-        fields = [
-            f"{name}={value}"
-            for name in (*_FIELDS, *_NUMBERS)
-            if (value := record.__dict__.get(name)) is not None
-        ]
+        fields = [f"{name}={value}" for name, value in _fields_of(record) if value is not None]
         return " ".join([super().formatMessage(record), *fields])
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # as another handler's formatter may have told it
+        return super().format(record)
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802
         return "" if ei[1] is None else told_of(ei[1])
@@ -106,5 +127,26 @@ class JsonFormatter(OrjsonFormatter):
             datefmt="%Y-%m-%dT%H:%M:%S%z",
         )
 
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None
+        told: str = super().format(record)
+        return told
+
+    def add_fields(
+        self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
+    ) -> None:
+        super().add_fields(log_data, record, message_dict)
+        # What others give along, as Celery does with a task's arguments and its error, is theirs.
+        for name in set(log_data) - _OWN:
+            del log_data[name]
+        log_data.update(_fields_of(record))
+
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802
         return "" if ei[1] is None else told_of(ei[1])
+
+
+def _fields_of(record: logging.LogRecord) -> list[tuple[str, Any]]:
+    """Of a line about a job."""
+    if record.name.partition(".")[0] != "recallq_worker":
+        return []
+    return [(name, record.__dict__[name]) for name in _FIELDS if name in record.__dict__]

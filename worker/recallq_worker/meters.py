@@ -8,12 +8,12 @@ or are put off are logged at level INFO, dead letters at level WARNING.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from recallq.contract import AnyBatch, Job, JobState, Lane, Operation, Outcome
 from recallq.errors import JobError
-from recallq.tracing import user_digest
+from recallq.tracing import unharmed, user_digest
 
 log = logging.getLogger("recallq_worker.jobs")
 
@@ -36,6 +36,33 @@ class Meter(Protocol):
     def put_off(self, operation: Operation, lane: Lane, job: Job, error: JobError) -> None:
         """A job failed in passing, and is to be tried again."""
         ...
+
+
+class Meters:
+    """Tells all who are to be told; what fails in them fails no job."""
+
+    def __init__(self, meters: Sequence[Meter] = ()) -> None:
+        self._meters = meters
+
+    def __bool__(self) -> bool:
+        return bool(self._meters)
+
+    def ran(
+        self,
+        batch: AnyBatch,
+        ended: Mapping[int, Outcome],
+        *,
+        began: float,
+        ends: float | Mapping[int, float],
+    ) -> None:
+        for meter in self._meters:
+            with unharmed("counting jobs"):
+                meter.ran(batch, ended, began=began, ends=ends)
+
+    def put_off(self, operation: Operation, lane: Lane, job: Job, error: JobError) -> None:
+        for meter in self._meters:
+            with unharmed("counting jobs"):
+                meter.put_off(operation, lane, job, error)
 
 
 class JobLog:
@@ -78,16 +105,17 @@ class JobLog:
 
 def tell_of_dead_letter(batch: AnyBatch, index: int, error: JobError, attempts: int) -> None:
     """Whatever else is logged: somebody should look at it."""
-    log.warning(
-        "job became a dead letter",
-        extra={
-            **fields_of(batch.operation, batch.lane, batch.jobs[index]),
-            "batch": batch.id,
-            "state": JobState.DEAD.value,
-            "error": error.code,
-            "attempts": attempts,
-        },
-    )
+    with unharmed("telling of a dead letter"):
+        log.warning(
+            "job became a dead letter",
+            extra={
+                **fields_of(batch.operation, batch.lane, batch.jobs[index]),
+                "batch": batch.id,
+                "state": JobState.DEAD.value,
+                "error": error.code,
+                "attempts": attempts,
+            },
+        )
 
 
 def fields_of(operation: Operation, lane: Lane, job: Job) -> dict[str, Any]:
@@ -98,5 +126,5 @@ def fields_of(operation: Operation, lane: Lane, job: Job) -> dict[str, Any]:
         "lane": lane.value,
         "tenant": job.scope.tenant,
         "user": user_digest(job.scope.tenant, job.scope.user_id),
-        "trace": None if job.trace is None else job.trace.split("-")[1],
+        "trace": None if job.trace is None else job.trace[3:35],
     }

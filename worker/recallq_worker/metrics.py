@@ -178,7 +178,8 @@ class Metrics:
         notes, self._notes = self._notes, defaultdict(_Notes)
         for (operation, lane), each in notes.items():
             labels = (operation.value, lane.value)
-            self._batches.enter(labels, np.array(each.batches, dtype=np.float64))
+            if each.batches:
+                self._batches.enter(labels, np.array(each.batches, dtype=np.float64))
             if each.put_off:
                 self._retries.labels(*labels).inc(each.put_off)
             for state, count in Tally(each.states).items():

@@ -6,7 +6,9 @@ do so because Redis is away. Ready means that Redis and the memory backend answe
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 import socketserver
 import threading
 import time
@@ -27,17 +29,50 @@ _ALIVE_WITHIN = 5.0
 """Seconds in which the event loop takes its turn, however busy it is."""
 _PATIENCE = 8.0
 """Seconds for which an answer is waited for."""
+_SILENCE = 3.0
+"""Seconds for which a connection may say nothing."""
+_MOST_ASKING = 64
+"""Connections at once; more are closed."""
 _ASK_AGAIN = 2.0
 """Seconds for which an answer about readiness holds, however often it is asked for."""
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    # Of a process that was killed: the port is free again.
-    allow_reuse_address = True
+    block_on_close = False
+
+    def __init__(self, address: tuple[str, int], handler: Any) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        self._free = threading.BoundedSemaphore(_MOST_ASKING)
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        # As HTTPServer does it, but without asking a name server who we are.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked has gone, or is no HTTP client."""
+        log.debug("%s did not wait for its answer", client_address)
 
 
 class _Handler(WSGIRequestHandler):
+    timeout = _SILENCE
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # as it is called
         """Nobody needs a line for every look."""
 
@@ -67,16 +102,19 @@ class Probes:
         self._text = text
         self._asking = threading.Lock()
         self._told: tuple[float, str | None] | None = None
+        advice = {errno.EADDRINUSE: "; give each worker of a machine a port of its own, or 0"}
         try:
             self._server = make_server(
                 host, port, self._answer, server_class=_Server, handler_class=_Handler
             )
         except OSError as error:
             raise ConfigurationError(
-                f"cannot listen on {host}:{port} (RECALLQ_HTTP_HOST, RECALLQ_HTTP_PORT): "
-                f"{error.strerror or error}; give each worker of a machine a port of its own, or 0"
+                f"cannot listen on {host} port {port} (RECALLQ_HTTP_HOST, RECALLQ_HTTP_PORT): "
+                f"{error.strerror or error}{advice.get(error.errno or 0, '')}"
             ) from error
-        self.address = f"{host}:{self._server.server_port}"
+        named = socket.gethostname() if host in ("", "0.0.0.0", "::") else host  # noqa: S104
+        named = f"[{named}]" if ":" in named else named
+        self.address = f"{named}:{self._server.server_port}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="recallq-probes", daemon=True
         )

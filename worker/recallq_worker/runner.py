@@ -33,9 +33,10 @@ log = logging.getLogger(__name__)
 
 _SUSPECTS_WAIT = 1.0
 """Seconds after which a suspicious batch asks again whether it may run here, or elsewhere."""
-_NEWER_MAY_COME = (1.0, 5.0)
-"""Seconds after which a batch that speaks a newer protocol is looked at again: some time between,
-so that the same worker does not meet the same batch again and again."""
+_NEWER_MAY_COME = 60.0
+"""Seconds for which a batch that speaks a newer protocol stays away, at the most. It is the longer
+the more often it was left, for thousands of them would keep old workers from all else; and it is
+not always the same, so that the same worker does not meet the same batch again and again."""
 _WARN_EVERY = 60.0
 """Seconds between two lines in the log that tell of such."""
 _FAREWELL = 3.0
@@ -178,7 +179,10 @@ class BatchRunner:
     async def leave(self, batch_id: str, reason: str) -> bool:
         """Leaves a batch that cannot be read here to newer workers, after a while, for as long as
         there are none. False if the ledger knows nothing of it."""
-        delay = random.uniform(*_NEWER_MAY_COME)  # noqa: S311
+
+        def delay(times: int) -> float:
+            return random.uniform(0.5, 1.0) * min(4 * 2.0**times, _NEWER_MAY_COME)  # noqa: S311
+
         known = await insistently(lambda: self._ledger.leave(batch_id, delay))
         now = time.monotonic()
         if known and now >= self._next_warning:

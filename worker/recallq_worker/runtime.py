@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from recallq import tracing
+from recallq import contract, tracing
 from recallq.clock import FleetClock, keep_time
 from recallq.contract import Lane
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError, ServiceUnavailable
@@ -40,7 +40,7 @@ from recallq_worker.backends.base import (
 from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import WorkerLedger
-from recallq_worker.meters import JobLog, Meter
+from recallq_worker.meters import JobLog, Meter, Meters
 from recallq_worker.probes import Probes
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.runner import BatchRunner
@@ -270,9 +270,10 @@ class Runtime:
         memory = cast("MemoryStore | MemoryExtractor", backend.from_settings(settings))
         retries = RetryPolicy(settings.retry_attempts, settings.retry_base, settings.retry_cap)
         seclusion = Seclusion()
-        meters: list[Meter] = [] if self._metrics is None else [self._metrics]
+        told: list[Meter] = [] if self._metrics is None else [self._metrics]
         if JobLog.is_wanted():
-            meters.append(JobLog())
+            told.append(JobLog())
+        meters = Meters(told)
         service = MemoryService(
             memory,
             now=clock.now,
@@ -373,6 +374,7 @@ class Runtime:
             host=socket.gethostname(),
             pid=os.getpid(),
             version=version("recallq"),
+            protocol=contract.PROTOCOL_VERSION,
             backend=self.settings.backend,
             lanes=self._lanes,
             concurrency=self._concurrency,

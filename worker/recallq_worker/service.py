@@ -59,7 +59,7 @@ from recallq_worker.backends.base import (
     takes_second_step,
 )
 from recallq_worker.ledger import Claim, Waiting
-from recallq_worker.meters import Meter, tell_of_dead_letter
+from recallq_worker.meters import Meters, tell_of_dead_letter
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import Handover
@@ -165,7 +165,7 @@ class MemoryService:
         retries: RetryPolicy,
         pause: float = 0.0,
         seclusion: Seclusion | None = None,
-        meters: Sequence[Meter] = (),
+        meters: Meters | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         """`pause` in seconds: for how long an extraction waits for others to join it. `seclusion`
@@ -182,7 +182,7 @@ class MemoryService:
         self._retries = retries
         self._runs: dict[str, _Run] = {}
         self._seclusion = seclusion or Seclusion()
-        self._meters = meters
+        self._meters = meters or Meters()
         self._tracer = tracer
 
     async def run(
@@ -202,6 +202,7 @@ class MemoryService:
         before = {} if claim.first or not self._meters else _settled(result)
         if self._tracer is not None:
             run.spans = self._begin_spans(self._tracer, run)
+        interrupted = False
         try:
             if claim.handed_over:
                 await self._collect(run)
@@ -217,6 +218,9 @@ class MemoryService:
             else:
                 await self._each(run, runnable)
             return await self._what_is_left(run, for_slow_lane + self._stored_among(run, runnable))
+        except asyncio.CancelledError:
+            interrupted = True  # it is handed back, and what came of it so far is not stored
+            raise
         except Exception:
             log.exception("a defect in running batch %s", batch.id)
             for index, outcome in enumerate(result.outcomes):
@@ -225,20 +229,19 @@ class MemoryService:
             return None
         finally:
             self._runs.pop(batch.id, None)
-            if self._meters:
+            if self._meters and not interrupted:
                 self._measure(run, began, before)
             if run.spans is not None:
-                self._end_spans(run.spans, run)
+                self._end_spans(run.spans, run, interrupted=interrupted)
 
     def _measure(self, run: _Run, began: float, before: Mapping[int, Outcome]) -> None:
         batch, ended, now = run.batch, _settled(run.result), self._now()
         for index in before:
             del ended[index]
         ends = {index: run.ends.get(index, now) for index in ended} if run.ends else now
-        for meter in self._meters:
-            meter.ran(batch, ended, began=began, ends=ends)
-            for index, error in run.errors.items():
-                meter.put_off(batch.operation, batch.lane, batch.jobs[index], error)
+        self._meters.ran(batch, ended, began=began, ends=ends)
+        for index, error in run.errors.items():
+            self._meters.put_off(batch.operation, batch.lane, batch.jobs[index], error)
 
     def _begin_spans(self, tracer: Tracer, run: _Run) -> JobSpans[int] | None:
         batch, outcomes = run.batch, run.result.outcomes
@@ -255,13 +258,17 @@ class MemoryService:
         }
         return tracer.running(f"recallq.run {batch.operation.value}", open_jobs, more)
 
-    def _end_spans(self, spans: JobSpans[int], run: _Run) -> None:
+    def _end_spans(self, spans: JobSpans[int], run: _Run, *, interrupted: bool) -> None:
+        if interrupted:
+            return spans.over("interrupted")
         for index, outcome in _settled(run.result).items():
             code = None if outcome.error is None else str(outcome.error.get("code"))
             spans.ended(index, outcome.state.value, code)
         for index, error in run.errors.items():
             spans.ended(index, "put_off", error.code)
-        spans.over("to_the_slow_lane")
+        for index in run.waiting:
+            spans.ended(index, "put_off")
+        return spans.over("to_the_slow_lane")
 
     async def _open_jobs(self, run: _Run) -> tuple[list[int], list[int]]:
         """Those to be run now, and those for the slow lane, of which only that lane can say what
@@ -536,8 +543,12 @@ class MemoryService:
         try:
             if run.spans is None:
                 return await work()
-            with run.spans.calling(f"{self._backend.name}.{run.batch.operation.value}", indexes):
-                return await work()
+            name = f"{self._backend.name}.{run.batch.operation.value}"
+            with run.spans.calling(name, indexes) as span:
+                done = await work()
+                if span is not None and isinstance(done, JobError):
+                    span.failed(done.code)
+                return done
         except asyncio.CancelledError:
             if task.cancelling() != 1 or not run.stopped.issuperset(indexes):
                 raise  # it is the whole worker that is to stop

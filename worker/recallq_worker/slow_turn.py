@@ -15,7 +15,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -35,7 +35,7 @@ from recallq.errors import (
 from recallq.tracing import Tracer
 from recallq_worker.backends.base import REPEATABLE, Extracted, Submission, Superseded
 from recallq_worker.insistence import insistently
-from recallq_worker.meters import Meter
+from recallq_worker.meters import Meters
 from recallq_worker.retries import RetryPolicy
 from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import (
@@ -76,7 +76,7 @@ class Rules:
     retries: RetryPolicy
     now: Callable[[], float]
     tracer: Tracer | None = None
-    meters: Sequence[Meter] = ()
+    meters: Meters = field(default_factory=Meters)
 
 
 class ActiveTurn:
@@ -466,8 +466,7 @@ class ActiveTurn:
         self.postponed.append(job)
         self.delay = max(self.delay, wait)
         operation = Operation.ADD if isinstance(job.job, AddJob) else Operation.DELETE
-        for meter in self._rules.meters:
-            meter.put_off(operation, Lane.SLOW, job.job, error)
+        self._rules.meters.put_off(operation, Lane.SLOW, job.job, error)
 
     def _secluded(self) -> contextlib.AbstractAsyncContextManager[None]:
         """For a part of the turn that is to run alone, if the turn is suspicious."""
@@ -525,8 +524,10 @@ class ActiveTurn:
             return
         state, ids = "interrupted", [job.id for job in jobs]
         try:
-            with spans.calling(f"{self._work.name}.{doing}", ids):
+            with spans.calling(f"{self._work.name}.{doing}", ids) as span:
                 yield note
+                if span is not None and failure is not None:
+                    span.failed(failure.code)
             state = "done" if failure is None else "failed"
         finally:
             for each in ids:

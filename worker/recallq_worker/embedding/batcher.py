@@ -150,6 +150,7 @@ class EmbeddingBatcher:
                     await self._enlist(dispatcher, call, texts[start : start + _SLICE], kind)
             if call.missing:
                 await call.done
+            EMBEDDING_USAGE.embedded(len(texts), cached=call.cached)
         except BaseException:
             self._leave(call)
             raise
@@ -202,7 +203,7 @@ class EmbeddingBatcher:
             item.waiters[call] = [position]
             call.items.add(item)
         usage.joined += joined
-        EMBEDDING_USAGE.embedded(len(texts), cached=len(texts) - len(wanted) + joined)
+        call.cached += len(texts) - len(wanted) + joined
         if wanted:
             dispatcher.poke()
 

@@ -45,13 +45,25 @@ class Item:
 class Call:
     """A caller and what it has so far."""
 
-    __slots__ = ("done", "has_turn", "items", "keys", "missing", "moved", "queue", "vectors")
+    __slots__ = (
+        "cached",
+        "done",
+        "has_turn",
+        "items",
+        "keys",
+        "missing",
+        "moved",
+        "queue",
+        "vectors",
+    )
 
     def __init__(self, texts: int, loop: asyncio.AbstractEventLoop) -> None:
         self.vectors: list[Vector | None] = [None] * texts
         self.keys: list[bytes] = []
         self.missing = texts
         """How many vectors it does not have."""
+        self.cached = 0
+        """Texts for which no request is needed."""
         self.items: set[Item] = set()
         """What it waits for."""
         self.queue: deque[Item] = deque()

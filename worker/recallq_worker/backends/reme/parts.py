@@ -68,16 +68,18 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
             failed = True
             try:
                 text = await self._ask(messages, **kwargs)
-                failed = False
-                if callback_fn is None:
-                    return Message(role=Role.ASSISTANT, content=text)
-                text = in_form(callback_fn, text)
-                return _read(callback_fn, Message(role=Role.ASSISTANT, content=text))
+                answer = Message(role=Role.ASSISTANT, content=text)
+                if callback_fn is not None:
+                    text = in_form(callback_fn, text)
+                    answer = _read(callback_fn, Message(role=Role.ASSISTANT, content=text))
             except Exception as error:
                 told = as_job_error(error, self.doing)
                 if told is None or told is error:
                     raise
                 raise told from error
+            else:
+                failed = False
+                return answer
             finally:
                 LLM_USAGE.ended(failed=failed)
 
@@ -92,6 +94,7 @@ class StrictLlm(BaseLLM):  # type: ignore[misc]  # to the type checker it is Any
             if not self._counts_tokens or "stream_options" not in error.message:
                 raise
             self._counts_tokens = False  # a server that does not know how to
+            LLM_USAGE.ended(failed=True)
             return await self._stream(messages, **kwargs)
 
     async def _stream(self, messages: list[Any], **kwargs: Any) -> str:
