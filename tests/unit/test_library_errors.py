@@ -20,7 +20,13 @@ import redis
 from redis import exceptions
 from redis.asyncio.connection import DefaultParser
 
-from recallq.errors import BackendError, BackendUnavailable, JobFailed, ServiceUnavailable
+from recallq.errors import (
+    AccessDenied,
+    BackendError,
+    BackendUnavailable,
+    JobFailed,
+    ServiceUnavailable,
+)
 from recallq.redis_client import asking
 from recallq_worker.backends.redis import RedisStore
 
@@ -203,6 +209,20 @@ def _made(cls: type[BaseException]) -> BaseException:
     return cls("3999 127.0.0.1:6381")  # as redirections need it; the others take any text
 
 
+DENIED = frozenset({
+    "redis.exceptions.AuthenticationError",
+    "redis.exceptions.AuthorizationError",
+    "redis.exceptions.NoPermissionError",
+    f"{_IN_SCRIPT}The user executing the script can't run this command or subcommand",
+    "WRONGPASS invalid username-password pair or user is disabled.",
+    "NOAUTH Authentication required.",
+    "NOPERM this user has no permissions to run the 'evalsha' command",
+    "ERR invalid password",
+    "ERR Client sent AUTH, but no password is set",
+})  # fmt: skip
+"""What clients are told as `AccessDenied`."""
+
+
 # --- what becomes of it ---------------------------------------------------------------------------
 
 
@@ -232,7 +252,7 @@ async def _mistakes(errors: dict[str, BaseException], table: dict[str, Any]) -> 
     for name, error in errors.items():
         for got, right in (
             (await _in_the_store(error), table[name]),
-            (await _in_the_client(error), ServiceUnavailable),
+            (await _in_the_client(error), AccessDenied if name in DENIED else ServiceUnavailable),
         ):
             if type(got) is not right:
                 mistakes.append(f"{name}: {right.__name__} is right, not {type(got).__name__}")
