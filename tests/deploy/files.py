@@ -40,7 +40,8 @@ def variables(*, secret: bool = True) -> set[str]:
     for settings in _SETTINGS:
         prefix = settings.model_config["env_prefix"]
         for name, field in settings.model_fields.items():
-            if secret or SecretStr.__name__ not in str(field.annotation):
+            hidden = SecretStr.__name__ in str(field.annotation) or not field.repr
+            if secret or not hidden:
                 found.add(f"{prefix}{name}".upper())
     return found
 
