@@ -80,7 +80,7 @@ class MemoryClient:
             settings = settings.changed(redis_url=url, **overrides)
         self.settings = settings
         self._returning = returning(message_type)
-        self._tracer = Tracer() if settings.traces else None
+        self._tracer = Tracer(settings.traces) if settings.traces else None
         self._transport: Transport | None = None
         self._requests: Requests
         self._batcher: Batcher
@@ -440,7 +440,7 @@ class MemoryClient:
         self, request: Request, timeout: float, *, early: bool = False
     ) -> Coroutine[Any, Any, Outcome]:
         """Sends a job and waits until it has settled, or with `early` until it is stored."""
-        if self._tracer is None:
+        if self._tracer is None or not self._tracer.is_wanted():
             return self._untraced(request, timeout, early=early)
         return self._traced(self._tracer, request, timeout, early=early)
 
@@ -488,7 +488,7 @@ class MemoryClient:
     async def _submit(self, request: Request) -> JobHandle:
         """Sends a job and returns once it is accepted."""
         traced: AbstractContextManager[object] = contextlib.nullcontext()
-        if self._tracer is not None:
+        if self._tracer is not None and self._tracer.is_wanted():
             traced = self._tracer.sending(request.operation, request.lane, request.job)
         with traced:
             async with self._in_flight[request.operation.writes]:

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from recallq.contract import DEFAULT_NAMESPACE, DEFAULT_TENANT, Wait
@@ -19,6 +26,12 @@ from recallq.signing import keys_in
 ENV_PREFIX = "RECALLQ_"
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+def _share(value: object) -> object:
+    """A part of a whole that may also be all or nothing."""
+    words = {"true": 1.0, "yes": 1.0, "on": 1.0, "false": 0.0, "no": 0.0, "off": 0.0}
+    return words.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 class ClientSettings(BaseSettings):
@@ -64,9 +77,10 @@ class ClientSettings(BaseSettings):
     """Shared secrets, by comma: the first signs messages, and a worker that has any runs only what
     one of them has signed; see `recallq.signing`."""
 
-    traces: bool = False
-    """Whether calls, and the jobs that come of them, are traced with OpenTelemetry; see
-    `recallq.tracing`. Needs the extra ``traces``."""
+    traces: Annotated[float, Field(ge=0, le=1), BeforeValidator(_share)] = 0.0
+    """The share of calls, and of the jobs that come of them, that is traced with OpenTelemetry: from 0
+    to 1, or true for all; those within a span of their caller's go by that. Workers trace what calls
+    say. Needs the extra ``traces``; see `recallq.tracing`."""
 
     batch_max_jobs: int = Field(64, ge=1, le=10_000)
     batch_max_bytes: int = Field(512 * 1024, ge=1024)

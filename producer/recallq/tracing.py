@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import random
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 _PARENT = "traceparent"
 _FAREWELL = 3.0
 """Seconds for which a process that ends waits until its last spans are sent."""
+
+_CALLS = {operation: f"recallq.{operation.value}" for operation in Operation}
 
 K = TypeVar("K", bound=Hashable)
 
@@ -83,6 +86,18 @@ class OpenSpan:
         """For what belongs below it."""
         return None if self._span is None else self._api.set_span_in_context(self._span)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether anybody will see it."""
+        with unharmed("tracing"):
+            return self._span is not None and self._span.is_recording()
+        return False
+
+    def tell_all(self, attributes: Mapping[str, Any]) -> None:
+        with unharmed("tracing"):
+            if self._span is not None:
+                self._span.set_attributes(attributes)
+
     def tell(self, name: str, value: str) -> None:
         with unharmed("tracing"):
             if self._span is not None:
@@ -115,7 +130,9 @@ class OpenSpan:
 class Tracer:
     """Makes the spans of one process. Raises `MissingExtra` without the extra ``traces``."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 1.0) -> None:
+        """`share` is that of calls which are traced, from 0 to 1."""
+        self._share = share
         try:
             from opentelemetry import context, trace
             from opentelemetry.trace.propagation import tracecontext
@@ -125,20 +142,32 @@ class Tracer:
         self._context = context
         self._propagator = tracecontext.TraceContextTextMapPropagator()
         self._tracer = trace.get_tracer("recallq", version("recallq"))
+        self._producer = trace.SpanKind.PRODUCER
 
     # --- clients --------------------------------------------------------------------------------
+
+    def is_wanted(self) -> bool:
+        """Whether a call is to be traced. Asking the SDK's sampler costs a tenth of a call."""
+        with unharmed("tracing"):
+            around = self._api.get_current_span().get_span_context()
+            if around.is_valid:
+                return around.trace_flags.sampled
+            return self._share >= 1 or random.random() < self._share  # noqa: S311
+        return False
 
     @contextmanager
     def sending(self, operation: Operation, lane: Lane, job: Job) -> Iterator[OpenSpan]:
         """The span of a client's call, which the job tells its worker of."""
-        kind = self._api.SpanKind.PRODUCER
-        told = {"recallq.lane": lane.value}
-        with self._current(f"recallq.{operation.value}", None, kind, job, told) as span:
-            context = span.context
-            if context is not None and context.trace_flags.sampled:
-                carrier: dict[str, str] = {}
-                self._propagator.inject(carrier, context=span.within)
-                job.trace = carrier.get(_PARENT)
+        span = self._begin(_CALLS[operation], None, self._producer)
+        if not span.is_recorded:  # the SDK samples, too
+            yield span
+            return
+        with self._current(span):
+            span.tell_all({**_attributes(job), "recallq.lane": lane.value})
+            carrier: dict[str, str] = {}
+            with unharmed("tracing"):
+                self._propagator.inject(carrier)
+            job.trace = carrier.get(_PARENT)
             try:
                 yield span
             finally:
@@ -158,56 +187,37 @@ class Tracer:
             with unharmed("tracing"):
                 context = self._propagator.extract({_PARENT: job.trace})
                 if self._api.get_current_span(context).get_span_context().is_valid:
-                    told = {"recallq.job": job.id, **more}
-                    kind = self._api.SpanKind.CONSUMER
-                    spans[key] = self._begin(name, context, kind, job, told)
+                    span = spans[key] = self._begin(name, context, self._api.SpanKind.CONSUMER)
+                    span.tell_all({**_attributes(job), "recallq.job": job.id, **more})
         return JobSpans(self, spans) if spans else None
 
     @contextmanager
     def calling(self, name: str, spans: Sequence[OpenSpan]) -> Iterator[OpenSpan]:
         """The span of a call of the backend for jobs with these spans, of which there is one."""
         first, *others = spans
-        kind = self._api.SpanKind.CLIENT
-        with self._current(
-            name, first.within, kind, None, {"recallq.traced_jobs": len(spans)}
-        ) as span:
+        span = self._begin(name, first.within, self._api.SpanKind.CLIENT)
+        with self._current(span):
+            span.tell_all({"recallq.traced_jobs": len(spans)})
             context = span.context
             for each in others:
                 span.link(each.context)
                 each.link(context)
             yield span
 
-    def _begin(
-        self,
-        name: str,
-        within: Context | None,
-        kind: SpanKind,
-        job: Job | None,
-        told: Mapping[str, Any],
-    ) -> OpenSpan:
+    def _begin(self, name: str, within: Context | None, kind: SpanKind) -> OpenSpan:
         with unharmed("tracing"):
-            about = {} if job is None else _attributes(job)
-            span = self._tracer.start_span(name, within, kind, attributes={**about, **told})
-            return OpenSpan(self._api, span)
+            return OpenSpan(self._api, self._tracer.start_span(name, within, kind))
         return OpenSpan(self._api, None)
 
     @contextmanager
-    def _current(
-        self,
-        name: str,
-        within: Context | None,
-        kind: SpanKind,
-        job: Job | None,
-        told: Mapping[str, Any],
-    ) -> Iterator[OpenSpan]:
-        """A span that what is called meanwhile finds itself in."""
-        span = self._begin(name, within, kind, job, told)
+    def _current(self, span: OpenSpan) -> Iterator[None]:
+        """What is called meanwhile finds itself in `span`, which then ends."""
         token = None
         with unharmed("tracing"):
-            if (current := span.within) is not None:
-                token = self._context.attach(current)
+            if (within := span.within) is not None:
+                token = self._context.attach(within)
         try:
-            yield span
+            yield
         except BaseException as error:
             span.failed(type(error).__name__)
             raise

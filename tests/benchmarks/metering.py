@@ -25,7 +25,6 @@ from recallq import MemoryClient
 from tests.benchmarks.speed.stack import processor_time, running, server
 from tests.benchmarks.speed.works import query, text
 from tests.loopback.otlp_collector import OtlpCollector
-from tests.sampling import Sometimes
 from tests.support import Worker
 
 _IN_FLIGHT = 200
@@ -69,15 +68,13 @@ async def _do(call: Callable[[int], Awaitable[object]], times: int) -> None:
     await asyncio.gather(*(caller() for _ in range(_IN_FLIGHT)))
 
 
-async def _measure(
-    url: str, workers: dict[str, Worker], sampler: Sometimes, rounds: int, times: int
-) -> None:
+async def _measure(url: str, workers: dict[str, Worker], rounds: int, times: int) -> None:
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     spent: dict[tuple[str, str], list[float]] = defaultdict(list)
     async with contextlib.AsyncExitStack() as stack:
         clients = {
             name: await stack.enter_async_context(
-                MemoryClient(url, namespace=name, traces=name in _SAMPLED)
+                MemoryClient(url, namespace=name, traces=_SAMPLED.get(name, 0.0))
             )
             for name in workers
         }
@@ -85,7 +82,6 @@ async def _measure(
             order = list(workers)
             for name in order[number % len(order) :] + order[: number % len(order)]:
                 client, pid = clients[name], workers[name].pid
-                sampler.rate = _SAMPLED.get(name, 0.0)
 
                 async def add(n: int, client: MemoryClient = client, number: int = number) -> None:
                     await client.add_memory(f"user-{number}-{n % _USERS}", text(n))
@@ -121,8 +117,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 25,
     times: Annotated[int, typer.Option(min=100, help="Calls of each kind in a round.")] = 2000,
 ) -> None:
-    sampler = Sometimes()
-    provider = TracerProvider(sampler=sampler)
+    provider = TracerProvider()
     provider.add_span_processor(BatchSpanProcessor(InMemorySpanExporter()))
     trace.set_tracer_provider(provider)
     with server() as redis, OtlpCollector() as collector:
@@ -140,7 +135,7 @@ def main(
             **{name: worker(name, **traced) for name in _SAMPLED},
         }
         with running(list(workers.values())):
-            asyncio.run(_measure(redis.url, workers, sampler, rounds, times))
+            asyncio.run(_measure(redis.url, workers, rounds, times))
 
 
 if __name__ == "__main__":

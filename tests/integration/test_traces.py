@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -19,20 +20,18 @@ from recallq import BackendError, MemoryClient
 from recallq.tracing import user_digest
 from tests.integration.test_slow_lane import EXTRACTOR
 from tests.loopback.otlp_collector import OtlpCollector, SentSpan
-from tests.sampling import Sometimes
 from tests.support import Shell, Worker, eventually
 
 StartWorker = Callable[..., Worker]
 
 
-SAMPLER = Sometimes()
 SPANS = InMemorySpanExporter()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _provider() -> None:
     """A process has one, for good."""
-    provider = TracerProvider(sampler=SAMPLER)
+    provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(SPANS))
     trace.set_tracer_provider(provider)
 
@@ -40,7 +39,6 @@ def _provider() -> None:
 @pytest.fixture
 def collector() -> Iterator[OtlpCollector]:
     SPANS.clear()
-    SAMPLER.rate = 1.0
     with OtlpCollector() as collector:
         yield collector
 
@@ -179,16 +177,25 @@ async def test_through_the_slow_lane(
     await eventually(answered)
 
 
-async def test_what_is_not_sampled_costs_the_worker_nothing(
-    client: MemoryClient, start_traced: StartWorker, collector: OtlpCollector
+async def test_some_calls_and_those_within_a_span_that_is_sampled(
+    redis_url: str, namespace: str, start_traced: StartWorker, collector: OtlpCollector
 ) -> None:
     worker = await asyncio.to_thread(start_traced)
-    SAMPLER.rate = 0.0
-    await client.add_memory("ann", "tea")
-    SAMPLER.rate = 1.0
-    await client.search_memory("ann", "tea")
+    agent = trace.get_tracer("agent")
+    async with MemoryClient(redis_url, namespace=namespace, timeout=30, traces=1e-12) as client:
+        await client.add_memory("ann", "tea")
+        with agent.start_as_current_span("sampled"):
+            await client.search_memory("ann", "tea")
+        with trace.use_span(trace.NonRecordingSpan(SpanContext(1, 1, is_remote=False))):
+            await client.list_memory("ann")
+    async with MemoryClient(redis_url, namespace=namespace, timeout=30, traces=0.5) as client:
+        for _ in range(60):
+            await client.list_memory("ann")
     await asyncio.to_thread(worker.stop)  # what is left is sent
-    assert {each.name for each in collector.spans} == {"redis.search", "recallq.run search"}
+    names = Counter(each.name for each in collector.spans)
+    assert names["recallq.run search"] == 1
+    assert names["recallq.run add"] == 0
+    assert 5 < names["recallq.run list"] < 55
 
 
 @pytest.mark.parametrize("listens", [True, False])
