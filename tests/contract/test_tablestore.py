@@ -26,7 +26,7 @@ NEW, KNOWN, FENCED = Added.NEW, Added.KNOWN, Added.FENCED
 DIMENSIONS = 256
 
 
-@pytest.fixture(scope="class")  # an instance has room for 64 tables, and each test makes two
+@pytest.fixture  # one for each: an instance has room for 64 tables, and each test makes two
 def lagging() -> Iterator[TablestoreServer]:
     """Its search index sees what is written two seconds later."""
     with TablestoreServer(index_lag=2.0) as server:
