@@ -78,7 +78,7 @@ class ClientSettings(BaseSettings):
     one of them has signed; see `recallq.signing`."""
 
     traces: Annotated[float, Field(ge=0, le=1), BeforeValidator(_share)] = 0.0
-    """The share of calls, and of the jobs that come of them, that is traced with OpenTelemetry: from
+    """The share of calls, and of the jobs that come of them, traced with OpenTelemetry: from
     0 to 1, or true for all. Those within a span of their caller's go by that, and workers go by
     calls. Needs the extra ``traces``; see `recallq.tracing`."""
 
