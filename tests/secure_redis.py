@@ -6,6 +6,7 @@ is fetched by apt, as any user and without installing it, and kept for the next 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from recallq import embedded
+from tests import debian
 
 HOST = "127.0.0.1"
 REQUIRED = "RECALLQ_TEST_TLS_REQUIRED"
@@ -76,47 +78,17 @@ def _speaks_tls(binary: Path, environment: dict[str, str]) -> bool:
 
 def _fetch() -> str | None:
     """Unpacks Debian's packages into the cache. Returns what went wrong."""
-    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        return "apt would bring one, and is not here"
-    with tempfile.TemporaryDirectory(prefix="recallq-apt-") as name:
-        place = Path(name)
-        place.chmod(0o755)
-        for each in ("lists/partial", "cache/archives/partial", "debs", "root"):
-            (place / each).mkdir(parents=True)
-        debs = place / "debs"
-        # Lists of its own, if the machine's are missing or too old: they need no rights.
-        own = ["-o", f"Dir::State::lists={place}/lists", "-o", f"Dir::Cache={place}/cache"]
-        common = ["-qq", "-o", "APT::Sandbox::User=root"]
-        for options in ([], own):
-            if options:
-                _apt([*common, *options, "update"], debs)
-            download = [*common, *options, "download"]
-            failed = [each for each in _PACKAGES if _apt([*download, each], debs)]
-            if not failed:
-                break
-        else:
-            return f"apt-get download {' '.join(failed)} failed"
-        for each in _LIBRARIES:  # what a release does not have by this name, it does not need
-            _apt([*download, each], debs)
-        for deb in debs.glob("*.deb"):
-            subprocess.run(["dpkg", "-x", deb, place / "root"], check=True)
-        staged = _CACHE.with_name(f"{_CACHE.name}.{os.getpid()}")
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(place / "root", staged, symlinks=True)
+    _CACHE.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="redis.", dir=_CACHE.parent) as scratch:
+        staged = Path(scratch) / "root"
         try:
+            debian.unpack(_PACKAGES, staged, optional=_LIBRARIES)
+        except OSError as error:
+            return str(error)
+        # At once or not at all; another process of this test run may have been faster.
+        with contextlib.suppress(OSError):
             staged.rename(_CACHE)
-        except OSError:  # another process of this test run was faster
-            shutil.rmtree(staged)
     return None
-
-
-def _apt(arguments: list[str], directory: Path) -> int:
-    command = ["apt-get", *arguments]
-    try:
-        run = subprocess.run(command, cwd=directory, capture_output=True, timeout=40, check=False)
-    except subprocess.TimeoutExpired:  # no way out to the network, say
-        return 1
-    return run.returncode
 
 
 RULES = Path(__file__).parents[1] / "deploy/redis/users.acl"

