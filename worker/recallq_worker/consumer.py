@@ -182,8 +182,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
                 if defect is None:
                     handle(message)
                     return
-                genuine = signer is None or not _forged(message, signer, queues)
-                if defect is _UNKNOWN and genuine and _left(message):
+                if defect is _UNKNOWN and _left(message, signer, queues):
                     message.ack()
                     return
             except LOST:
@@ -232,20 +231,22 @@ def _defect(message: Message) -> str | None:
     task = message.headers.get("task")
     if not isinstance(task, str):
         return "it names no task; messages of Celery's protocol 1 are not understood"
-    if task not in _TASKS:
-        return _UNKNOWN
     if batch_id_of(message._raw) is None:  # noqa: SLF001
         return "it has no task id"
     payload = message.payload  # kept by the message, so that Celery does not decode it again
     match payload:
+        case [list(), dict(), dict() | None] if task not in _TASKS:
+            return _UNKNOWN
         case [list(), dict(), dict() | None as embedded]:
             more = [name for name in _MORE if (embedded or {}).get(name)]
             return f"it asks for more than its task: {', '.join(more)}" if more else None
     return "its body is not [args, kwargs, embed]"
 
 
-def _left(message: Message) -> bool:
+def _left(message: Message, signer: Signer | None, queues: frozenset[str]) -> bool:
     """Whether an unknown task is one of a newer protocol, and left to newer workers."""
+    if signer is not None and _forged(message, signer, queues):
+        return False
     args, _, _ = message.payload
     batch_id = batch_id_of(message._raw)  # noqa: SLF001
     if batch_id is None or len(args) != 1 or not speaks_newer(args[0]):
