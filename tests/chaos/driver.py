@@ -20,11 +20,12 @@ from recallq.embedded import EmbeddedRedis
 from recallq.errors import JobError
 from tests.chaos.agents import Agents, Pace, World
 from tests.chaos.checker import UNKNOWN, Checker, Kind, Violation
-from tests.chaos.faults import WEATHER, Fault, Faults, keep_every_write, set_weather
+from tests.chaos.faults import Fault, Faults, keep_every_write
 from tests.chaos.fleet import Fleet
 from tests.chaos.history import Call, Journal, read_journals
 from tests.chaos.leftovers import leftovers
 from tests.chaos.llm import is_needed, model_server
+from tests.chaos.weather import FAIR, set_weather
 from tests.support import redis_at
 
 NAMESPACE = "chaos"
@@ -65,7 +66,7 @@ class Options:
     fault_every: float = 3.0
     """Seconds from one fault to the next, on average."""
     longest_freeze: float = 15.0
-    weather: dict[str, float] = field(default_factory=lambda: dict(WEATHER))
+    weather: dict[str, float] = field(default_factory=lambda: dict(FAIR))
     poisons: Sequence[str] = ("poison-permanent", "poison-transient", "poison-kill")
     """To be dealt out in turn, as many as there are."""
     patience: float = 120.0
@@ -155,7 +156,7 @@ async def run(options: Options) -> Report:
             variables: dict[str, str] = {}
             if is_needed(options.backend):
                 chance = random.Random(f"{options.seed}-llm")
-                variables = await stack.enter_async_context(model_server(weather, chance))
+                variables = stack.enter_context(model_server(weather, chance))
             await _Run(options, server, report, weather, variables).go()
     finally:
         await asyncio.to_thread(server.stop)
@@ -187,7 +188,12 @@ class _Run:
             namespace=NAMESPACE,
             workers=options.workers,
             producers=options.producers,
-            worker_settings={**_WORKER_SETTINGS, "backend": options.backend},
+            worker_settings={
+                **_WORKER_SETTINGS,
+                # What a library does for a job takes a busy machine its time.
+                **({"slow_timeout": "10"} if is_needed(options.backend) else {}),
+                "backend": options.backend,
+            },
             variables=variables,
             producer_arguments=[
                 f"--journals={self._directory / 'journals'}",

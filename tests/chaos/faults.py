@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from recallq.embedded import EmbeddedRedis
 from recallq.keys import Keys
 from recallq.redis_client import RedisClient
 from tests.chaos.fleet import Fleet, Member
+from tests.chaos.weather import STORM, set_weather
 from tests.support import redis_at
 
 
@@ -36,17 +36,6 @@ class Fault(StrEnum):
     RESTART_REDIS = "Redis restarted"
     KILL_REDIS = "Redis killed"
     STORM = "backend storms"
-
-
-WEATHER = {"unavailable": 0.03, "lost_reply": 0.02, "slow": 0.1, "stuck": 0.0005}
-_STORM = {"unavailable": 0.5, "lost_reply": 0.2, "slow": 0.2, "stuck": 0.0}
-
-
-def set_weather(path: Path, rates: dict[str, float]) -> None:
-    """Replaces what `plugins/flaky_redis.py` reads."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(rates))
-    new.replace(path)
 
 
 class Faults:
@@ -153,7 +142,7 @@ class Faults:
 
     async def _storm(self) -> None:
         self.counts[Fault.STORM] += 1
-        set_weather(self._weather_file, _STORM)
+        set_weather(self._weather_file, STORM)
         await asyncio.sleep(self._chance.uniform(0.5, 2.0))
         set_weather(self._weather_file, self._weather)
 

@@ -73,6 +73,9 @@ class Fault:
     failure: HttpFailure | None = None
     seconds: float = 0.0
 
+    def strikes(self, received: Received, *, after: bool) -> bool:
+        return self.after == after and received.matches(self.path_part)
+
 
 @dataclass
 class Hold:
@@ -117,6 +120,9 @@ class Faults:
     def __init__(self) -> None:
         self.latency: dict[str, float] = {}
         """Seconds that matching requests take longer; hundreds may wait at the same time."""
+        self.misfortune: Callable[[Received, bool], Fault | None] | None = None
+        """Says what befalls a request that no fault strikes: it is asked before the request takes
+        effect (False) and after it has (True), on the server's loop."""
         self._faults: list[Fault] = []
         self._holds: list[Hold] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -152,6 +158,7 @@ class Faults:
 
     def clear_faults(self) -> None:
         """Ends faults, latencies and holds. What hangs already goes on hanging."""
+        self.misfortune = None
         self._faults.clear()
         self.latency.clear()
         for hold in list(self._holds):
@@ -192,17 +199,19 @@ class Faults:
 
     async def _strike(self, request: web.Request, received: Received, *, after: bool) -> bool:
         """Lets the first matching fault happen, if any. Whether the connection is gone."""
-        for fault in self.faults:
-            if fault.after == after and received.matches(fault.path_part):
-                if fault.left is not None:
-                    fault.left -= 1
-                if fault.failure is not None:
-                    raise fault.failure.with_traceback(None)  # it may strike many times
-                if fault.kind == "cut":
-                    hang_up(request)
-                    return True
-                await asyncio.sleep(fault.seconds)
-                return False
+        fault = next((each for each in self.faults if each.strikes(received, after=after)), None)
+        if fault is None and self.misfortune is not None:
+            fault = self.misfortune(received, after)
+        if fault is None:
+            return False
+        if fault.left is not None:
+            fault.left -= 1
+        if fault.failure is not None:
+            raise fault.failure.with_traceback(None)  # it may strike many times
+        if fault.kind == "cut":
+            hang_up(request)
+            return True
+        await asyncio.sleep(fault.seconds)
         return False
 
 

@@ -24,7 +24,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from tests.conftest import no_blocking
-from tests.loopback.faults import HttpFailure
+from tests.loopback.faults import Fault, HttpFailure, Received
 from tests.loopback.mem0_api import Mem0Server
 from tests.loopback.openai_api import Answer, OpenAIServer, new_messages
 from tests.loopback.server import ALL
@@ -288,6 +288,29 @@ def test_a_connection_that_is_cut(server: OpenAIServer, client: openai.OpenAI) -
     assert server.embedded_texts == ["done, but not told"]
     client.embeddings.create(model="m", input="a")
     assert [request.status for request in server.requests] == [None, None, 500, 200]
+
+
+def test_what_befalls_each_request_may_be_decided_when_it_comes(
+    server: OpenAIServer, client: openai.OpenAI
+) -> None:
+    asked: list[bool] = []
+
+    def misfortune(request: Received, after: bool) -> Fault | None:
+        asked.append(after)
+        return Fault("cut", request.path, 1, after) if after else None
+
+    server.fail("/v1/models", 503, times=1)  # what was ordered comes first
+    server.misfortune = misfortune
+    with pytest.raises(openai.InternalServerError):
+        client.models.list()
+    assert asked == []
+    with pytest.raises(openai.APIConnectionError):
+        client.embeddings.create(model="text-embedding-3-small", input="tea")
+    assert asked == [False, True]
+    assert server.embedded_texts == ["tea"]  # it took effect
+    server.clear_faults()
+    client.models.list()
+    assert asked == [False, True]
 
 
 async def test_hundreds_wait_at_the_same_time(server: OpenAIServer) -> None:

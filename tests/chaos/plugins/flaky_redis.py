@@ -1,6 +1,6 @@
 """The redis backend in bad weather, for the chaos tests.
 
-A file named by ``RECALLQ_TEST_WEATHER`` holds the weather as JSON, and may change at any moment.
+The weather is that of the file named by ``RECALLQ_TEST_WEATHER``; see `tests.chaos.weather`.
 By a coin seeded from ``RECALLQ_TEST_WEATHER_SEED``, a call fails before it reaches Redis, fails
 after Redis has done it (a lost reply), takes its time, or takes for ever.
 
@@ -18,10 +18,8 @@ would, and after it has.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
@@ -41,36 +39,9 @@ from recallq_worker.backends.base import (
     Superseded,
 )
 from recallq_worker.backends.redis import RedisStore
+from tests.chaos.weather import Weather
 
 T = TypeVar("T")
-
-_LOOK_EVERY = 0.1
-
-
-class Weather:
-    """What the file says, at most a tenth of a second late."""
-
-    def __init__(self, path: Path | None, seed: str) -> None:
-        self._path = path
-        self._looked_at = 0.0
-        self._rates: dict[str, float] = {}
-        self._random = random.Random(seed)
-
-    def happens(self, what: str) -> bool:
-        return self._random.random() < self._now().get(what, 0.0)
-
-    def coin(self) -> bool:
-        return self._random.random() < 0.5
-
-    def nap(self) -> float:
-        """Seconds: mostly short."""
-        return self._random.uniform(0.01, 0.1) * self._random.choice((1, 2, 4, 8))
-
-    def _now(self) -> dict[str, float]:
-        if self._path is not None and time.monotonic() > self._looked_at + _LOOK_EVERY:
-            self._looked_at = time.monotonic()
-            self._rates = json.loads(self._path.read_text())
-        return self._rates
 
 
 class FlakyRedisStore(RedisStore):
@@ -80,7 +51,7 @@ class FlakyRedisStore(RedisStore):
         super().__init__(*args, **kwargs)
         path = os.environ.get("RECALLQ_TEST_WEATHER")
         seed = os.environ.get("RECALLQ_TEST_WEATHER_SEED", "0")
-        self._weather = Weather(Path(path) if path else None, seed)
+        self._weather = Weather(Path(path) if path else None, random.Random(seed))
 
     async def add(self, records: Sequence[Record]) -> list[Added]:
         for record in records:
