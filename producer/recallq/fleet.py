@@ -44,6 +44,9 @@ class FleetState:
     """Users for whom writes wait in the slow lane, or are worked on."""
     indexing: int
     """Batches whose adds are stored and not yet searchable."""
+    slow_waits: float | None
+    """Seconds for which the first of these two that are due has waited for a worker; None if none
+    waits."""
     dead_letters: int
     workers: tuple[WorkerInfo, ...]
 
@@ -64,13 +67,18 @@ async def look(redis: RedisClient, keys: Keys) -> FleetState:
         pipe.hgetall(keys.totals)
         for key in (keys.held, keys.delayed, keys.slow, keys.indexing, keys.dead):
             pipe.zcard(key)
+        for key in (keys.slow, keys.indexing):
+            pipe.zrange(key, 0, 0, withscores=True)
         for lane in Lane:
             pipe.zcard(keys.queued(lane.value))
             pipe.zrange(keys.queued(lane.value), 0, 0)
         (seconds, micros), outstanding, totals, *counts = await pipe.execute()
-    running, delayed, extracting, indexing, dead, *queues = counts
+    running, delayed, extracting, indexing, dead, *counts = counts
+    first_due, queues = [*counts[0], *counts[1]], counts[2:]
     workers = await WorkerRegistry(redis, keys).alive()
     at = seconds + micros / 1e6
+    # Of those that somebody works on, the score is when that lease ends.
+    slow_waits = max((at - due / 1000 for _, due in first_due), default=-1.0)
     firsts = [found[0].decode() if found else None for found in queues[1::2]]
     waiting = await _waiting_since(redis, keys, firsts)
     lanes = []
@@ -93,6 +101,7 @@ async def look(redis: RedisClient, keys: Keys) -> FleetState:
         delayed=delayed,
         extracting=extracting,
         indexing=indexing,
+        slow_waits=slow_waits if slow_waits > 0 else None,
         dead_letters=dead,
         workers=tuple(workers),
     )

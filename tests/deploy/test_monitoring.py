@@ -147,7 +147,7 @@ def test_alerts_ask_for_what_is_told(known: dict[str, Labels]) -> None:
 
 def test_scaling_asks_for_what_is_told(known: dict[str, Labels]) -> None:
     asked = scaling_queries()
-    assert len(asked) == 2 * len(LANES) + 1
+    assert len(asked) == 2 * len(LANES) + 2
     for query in asked:
         assert labels_of(query, known) == frozenset()  # one number
 

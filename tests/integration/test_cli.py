@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recallq import sample
+from recallq import __version__, sample
 from tests.support import RECALLQ, Shell, Worker, one_line, redis_at
 
 
@@ -101,6 +101,9 @@ class TestWrongUse:
         shell = Shell(tmp_path, RECALLQ_REDIS_URL=redis_url, RECALLQ_NAMESPACE=namespace)
         told = one_line(shell("add", "u", "x", "--timeout", "0.3", code=1))
         assert "no worker is running" in told
+
+    def test_the_version(self, bare: Shell) -> None:
+        assert bare("--version").stdout == f"recallq {__version__}\n"
 
     def test_help_and_every_commands_help(self, bare: Shell) -> None:
         commands = bare("--help").stdout

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from recallq import BackendError, MemoryClient
 from recallq.embedded import EmbeddedRedis
 from tests.scraping import addresses, ask, scraped, value
-from tests.support import Worker, eventually
+from tests.support import Worker, eventually, redis_at
 
 StartWorker = Callable[..., Worker]
 
@@ -95,6 +95,34 @@ async def test_what_waits_and_what_went_wrong(
     assert value(samples, "recallq_outstanding_jobs", lane="bulk") == 1
     assert value(samples, "recallq_queued_batches", lane="bulk") == 1
     assert value(samples, "recallq_oldest_queued_seconds", lane="bulk") >= 0.3
+
+
+async def test_who_waits_in_the_slow_lane(
+    client: MemoryClient, start_worker: StartWorker, namespace: str
+) -> None:
+    await asyncio.to_thread(
+        start_worker, http_port=0, lanes="live", backend="extractor", slow_pause=0
+    )
+    (address,) = await addresses(client)
+    handle = await client.submit_add("ann", "until released")
+
+    async def waits() -> bool:
+        samples = await scraped(address)
+        assert value(samples, "recallq_slow_users") <= 1
+        return value(samples, "recallq_slow_waiting_seconds") >= 0.5
+
+    await eventually(waits)
+    await asyncio.to_thread(start_worker, lanes="slow", backend="extractor")
+
+    async def works() -> bool:
+        samples = await scraped(address)
+        assert value(samples, "recallq_slow_users") == 1
+        return value(samples, "recallq_slow_waiting_seconds") == 0
+
+    await eventually(works)
+    async with redis_at(client.settings.redis_url) as redis:
+        await redis.set(f"{namespace}:released", 1)
+    await handle.result(30)
 
 
 async def test_ready_is_who_can_work(namespace: str) -> None:

@@ -841,9 +841,8 @@ class TestLostReplies:
     async def turn(self, client: MemoryClient, redis: RedisClient, ledger: SlowLedger) -> Turn:
         """A user with one add, taken up."""
         await self.park(client, redis, "tea")
-        _, turns = await ledger.take(5, 200)
-        assert len(turns) == 1
-        return turns[0]
+        (turn,) = (await ledger.take(5, 200)).turns
+        return turn
 
     async def park(self, client: MemoryClient, redis: RedisClient, text: str) -> None:
         """Hands an add over, as a worker of the live lane does."""
@@ -874,7 +873,7 @@ class TestLostReplies:
         assert await ledger.finish(turn, 1, answered) is None
         await self.park(client, redis, "coffee")
         await redis.zadd(Keys(client.settings.namespace).slow, {turn.tag: 0})
-        _, (other,) = await ledger.take(5, 200)
+        (other,) = (await ledger.take(5, 200)).turns
         assert other.token != turn.token
         assert await ledger.finish(turn, 1, answered) is None
         assert await ledger.finish(turn, 2, answered) == ""

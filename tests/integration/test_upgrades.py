@@ -11,7 +11,10 @@ import pytest
 from recallq import Lane, MemoryClient, contract
 from recallq.cli.doctor import _judge_workers
 from recallq.contract import PROTOCOL_VERSION
+from recallq.keys import Keys
 from recallq.workers import WorkerInfo
+from recallq_worker.ledger import WorkerLedger
+from recallq_worker.slow_ledger import SlowLedger
 from tests.support import Worker, eventually, redis_at
 
 StartWorker = Callable[..., Worker]
@@ -108,21 +111,94 @@ async def test_a_call_waits_no_longer_than_its_timeout_for_a_newer_worker(
     assert await handle.cancel()
 
 
+async def test_old_workers_leave_users_in_the_slow_lane_to_newer_ones(
+    client: MemoryClient, start_worker: StartWorker
+) -> None:
+    live = await asyncio.to_thread(
+        lambda: start_worker(backend="tomorrows_extractor", lanes="live,bulk")
+    )
+    old = await asyncio.to_thread(lambda: start_worker(backend="extractor", lanes="slow"))
+    handles = [await client.submit_add("ann", f"line {n}") for n in range(5)]
+
+    async def left() -> bool:
+        return "users in the slow lane are left to newer workers (protocol version 2" in old.output
+
+    await eventually(left)
+    await asyncio.sleep(2.5)  # until it has looked again
+    assert not any([(await handle.status()).settled for handle in handles])
+    await asyncio.to_thread(lambda: start_worker(backend="tomorrows_extractor", lanes="slow"))
+    for handle in handles:
+        await handle.result(60)
+    assert await texts(client, "ann") == [f"line {n}" for n in range(5)]
+    assert await client.dead_letters.count() == 0
+    assert old.output.count("left to newer workers") == 1
+    # Nothing is left of it: older workers serve the user again.
+    await asyncio.to_thread(live.stop)
+    await asyncio.to_thread(lambda: start_worker(backend="extractor", lanes="live,bulk"))
+    assert (await client.add_memory("ann", "tea")).added == 1
+
+
+async def test_users_who_are_left_do_not_keep_a_worker_from_others(
+    client: MemoryClient, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = Keys(namespace)
+    async with redis_at(client.settings.redis_url) as redis:
+
+        async def all_are_due() -> None:
+            for tag in await redis.zrange(keys.slow, 0, -1):
+                await redis.zadd(keys.slow, {cast("bytes", tag): 0})
+
+        ledger = SlowLedger(
+            redis, keys, WorkerLedger(redis, redis, redis, keys, "w1", one_step=True)
+        )
+        for n in range(50):
+            tag = keys.user_tag("default", f"ann {n}")
+            await redis.zadd(keys.slow, {tag: n})
+            await redis.zadd(keys.waiting(tag), {"job": n})
+            await redis.hset(keys.pending(tag), "job", "a|1|batch|0|s\n{")
+            if n < 45:
+                await redis.hset(keys.turn(tag), "v", NEXT)
+        taken = await ledger.take(3, 10)
+        assert [each.tag for each in taken.turns] == [
+            keys.user_tag("default", f"ann {n}") for n in (45, 46, 47)
+        ]
+        assert taken.newest == NEXT
+        taken = await ledger.take(10, 10)
+        assert (len(taken.turns), taken.newest) == (2, 0)
+        assert taken.wait is not None
+        assert 0 < taken.wait <= 2
+        monkeypatch.setattr(contract, "PROTOCOL_VERSION", NEXT)
+        await all_are_due()
+        assert len((await ledger.take(100, 10)).turns) == 50
+        monkeypatch.setattr(contract, "PROTOCOL_VERSION", PROTOCOL_VERSION)
+        await all_are_due()
+        # What a newer worker had in its hands, it may have written to.
+        taken = await ledger.take(100, 10)
+        assert (len(taken.turns), taken.newest) == (0, NEXT)
+
+
+@pytest.mark.parametrize(
+    ("today", "tomorrow"), [("redis", "tomorrow"), ("extractor", "tomorrows_extractor")]
+)
 async def test_a_rolling_upgrade_loses_nothing(
-    client: MemoryClient, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+    client: MemoryClient,
+    start_worker: StartWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    today: str,
+    tomorrow: str,
 ) -> None:
     """Workers first, one after the other, then clients, with work under way all the time."""
-    olds = [await asyncio.to_thread(start_worker) for _ in range(2)]
+    olds = [await asyncio.to_thread(lambda: start_worker(backend=today)) for _ in range(2)]
     handles = []
     for step in range(6):
         handles += [await client.submit_add("ann", f"{step} {n:02}") for n in range(30)]
         if step in (1, 2):
-            await asyncio.to_thread(lambda: start_worker(backend="tomorrow"))
+            await asyncio.to_thread(lambda: start_worker(backend=tomorrow))
             await asyncio.to_thread(olds.pop().stop)
         if step == 3:
             monkeypatch.setattr(contract, "PROTOCOL_VERSION", NEXT)
     for handle in handles:
-        assert (await handle.result(60)).added == 1
+        await handle.result(60)
     assert await texts(client, "ann") == [f"{s} {n:02}" for s in range(6) for n in range(30)]
     assert await client.dead_letters.count() == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from recallq import contract
 from recallq_worker.backends.redis import RedisStore
+from tests.plugins.obedient_backend import ObedientExtractor
 
 NEXT = contract.PROTOCOL_VERSION + 1
 contract.PROTOCOL_VERSION = NEXT
@@ -11,3 +12,7 @@ contract.PROTOCOL_VERSION = NEXT
 
 class TomorrowsStore(RedisStore):
     """The same memories as today."""
+
+
+class TomorrowsExtractor(ObedientExtractor):
+    """It extracts as today."""

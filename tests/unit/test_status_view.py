@@ -19,6 +19,7 @@ def fleet(
     dead: int = 0,
     *,
     alone: bool = False,
+    slow_waits: float | None = None,
 ) -> FleetState:
     worker = WorkerInfo(
         id="w-1", host="h", pid=1, version="1.2", backend="redis", lanes=[Lane.LIVE],
@@ -28,7 +29,7 @@ def fleet(
         LaneState(lane, outstanding, 1, oldest, settled + 10, settled, 0 if alone else 1)
         for lane in Lane
     )
-    return FleetState(at, lanes, 2, 3, 4, 5, dead, () if alone else (worker,))
+    return FleetState(at, lanes, 2, 3, 4, 5, slow_waits, dead, () if alone else (worker,))
 
 
 def shown(*looks: FleetState, trouble: str | None = None) -> str:
@@ -61,6 +62,8 @@ def test_everything_else_is_told() -> None:
     text = shown(fleet(dead=1))
     for words in ("2 running, 3 put off", "4 users to extract for, 5 batches", "dead letters: 1"):
         assert words in text
+    assert "due for" not in text
+    assert "searchable, the first due for 1.5 s" in shown(fleet(slow_waits=1.5))
     assert line_of(text, "w-1") == ["w-1", "redis", "live", "1.2", "60.0", "s"]
 
 

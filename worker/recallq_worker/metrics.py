@@ -290,6 +290,11 @@ class _Fleet(Collector):
             ("recallq_delayed_batches", "Batches put off, or in the slow lane.", state.delayed),
             ("recallq_slow_users", "Users with writes in the slow lane.", state.extracting),
             ("recallq_indexing_batches", "Batches stored, not yet searchable.", state.indexing),
+            (
+                "recallq_slow_waiting_seconds",
+                "Age of the first of these that is due; 0 if none waits for a worker.",
+                state.slow_waits or 0.0,
+            ),
             ("recallq_kept_dead_letters", "Dead letters that are kept.", state.dead_letters),
         ):
             yield GaugeMetricFamily(name, about, value=float(value))

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections.abc import Sequence
 from enum import Enum
 from functools import partial
@@ -25,6 +24,7 @@ from recallq.redis_client import COMMAND_TIMEOUT, LOST
 from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import RENEW_EVERY, Claim, NextRun, WorkerLedger
+from recallq_worker.logs import Seldom
 from recallq_worker.service import Left, MemoryService, Postponed
 from recallq_worker.slow_lane import SlowLane
 from recallq_worker.slow_ledger import SlowLedger
@@ -37,8 +37,6 @@ _NEWER_MAY_COME = 60.0
 """Seconds for which a batch that speaks a newer protocol stays away, at the most. It is the longer
 the more often it was left, for thousands of them would keep old workers from all else; and it is
 not always the same, so that the same worker does not meet the same batch again and again."""
-_WARN_EVERY = 60.0
-"""Seconds between two lines in the log that tell of such."""
 _FAREWELL = 3.0
 """Seconds that handing a batch back may take when the process stops."""
 
@@ -75,7 +73,7 @@ class BatchRunner:
         self._slow_lane = slow_lane
         self._held: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
-        self._next_warning = 0.0
+        self._newer = Seldom()
 
     async def run(self, batch: AnyBatch, result: BatchResult) -> Settled | Left:
         """Runs `batch`, entering outcomes into `result` as they come.
@@ -184,9 +182,7 @@ class BatchRunner:
             return random.uniform(0.5, 1.0) * min(4 * 2.0**times, _NEWER_MAY_COME)  # noqa: S311
 
         known = await insistently(lambda: self._ledger.leave(batch_id, delay))
-        now = time.monotonic()
-        if known and now >= self._next_warning:
-            self._next_warning = now + _WARN_EVERY
+        if known and self._newer.is_due():
             log.warning(
                 "batch %s is left to newer workers (%s); upgrade this one", batch_id, reason
             )

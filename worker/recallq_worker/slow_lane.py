@@ -20,6 +20,7 @@ from recallq.redis_client import COMMAND_TIMEOUT, LOST
 from recallq_worker.backends.base import Superseded
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import RENEW_EVERY
+from recallq_worker.logs import Seldom
 from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import DeleteGoesFirst, SlowLedger, Turn, TurnIsOver
 from recallq_worker.slow_turn import ActiveTurn, Rules
@@ -56,6 +57,7 @@ class SlowLane:
         self._active: dict[str, ActiveTurn] = {}
         self._news = asyncio.Event()
         self._stopping = False
+        self._warning = Seldom()
 
     def look(self, delay: float = 0.0) -> None:
         """Says that somebody will be due, in `delay` seconds."""
@@ -88,12 +90,19 @@ class SlowLane:
             if room > 0 and not self._stopping:
                 try:
                     async with asyncio.timeout(COMMAND_TIMEOUT):
-                        wait, turns = await self._ledger.take(room, self._work.most_jobs)
+                        taken = await self._ledger.take(room, self._work.most_jobs)
                 except LOST as error:
                     log.debug("cannot look into the slow lane: %s", type(error).__name__)
                     await asyncio.sleep(0.5)
                     continue
-                for turn in turns:
+                wait = taken.wait
+                if taken.newest and self._warning.is_due():
+                    log.warning(
+                        "users in the slow lane are left to newer workers (protocol version %d); "
+                        "upgrade this one",
+                        taken.newest,
+                    )
+                for turn in taken.turns:
                     self._overtake(turn)
                     active = ActiveTurn(
                         turn, self._work, self._ledger, self._rules, self._seclusion

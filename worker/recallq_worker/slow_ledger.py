@@ -25,6 +25,8 @@ Everything a crash may fall between is one script. Of a user, by hash tag (see `
               r the jobs worked on now   x set while they must not be disturbed
               j token and journal of what is being stored   b until when adds wait for another try
               k<job> how often it died alone, and the token of the turn that counted last
+              v the newest version of the protocol in which something is written here, if it is not
+              the first: workers that do not speak it leave the user to others
     turn:f<token>  the last of a turn's answers that was written
     turn:v<token>  what a later turn made of the journal of this one: adopted, or redone
     done      what came of an add that may be submitted again, with its epoch
@@ -40,6 +42,7 @@ from typing import Any, cast
 
 import orjson
 
+from recallq import contract
 from recallq.contract import DEFAULT_SESSION, AddJob, AnyBatch, DeleteJob
 from recallq.keys import Keys, escape
 from recallq.redis_client import RedisClient
@@ -140,6 +143,18 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """What a look into the slow lane brought."""
+
+    wait: float | None
+    """Seconds until the next user is due; None if there is none."""
+    newest: int
+    """The newest version of the protocol among users who were left to newer workers; 0 if nobody
+    was."""
+    turns: list[Turn]
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What to do with a job whose turn it is."""
 
@@ -193,7 +208,15 @@ class SlowLedger:
             args = [part for each in jobs for part in self._handover(batch, each, brief=brief)]
             verdict, pushed = await self._park(
                 keys=self._script_keys,
-                args=[*self._common, batch.id, self._ledger.worker_id, look_again, *later, *args],
+                args=[
+                    *self._common,
+                    batch.id,
+                    self._ledger.worker_id,
+                    look_again,
+                    *later,
+                    contract.PROTOCOL_VERSION,
+                    *args,
+                ],
             )
             await self._ledger.push(pushed)
             if verdict != _NOT_BRIEF:
@@ -231,12 +254,9 @@ class SlowLedger:
         args = [*self._common, tag, job.id, _session_of(job)]
         await self._refused(keys=self._script_keys, args=args)
 
-    async def take(self, most: int, most_jobs: int) -> tuple[float | None, list[Turn]]:
-        """Takes up to `most` users who are due, with the first of their jobs each.
-
-        Also returns the seconds until the next one will be, None if there is none.
-        """
-        wait, taken = await self._take(
+    async def take(self, most: int, most_jobs: int) -> Taken:
+        """Takes up to `most` users who are due, with the first of their jobs each."""
+        wait, newest, turns = await self._take(
             keys=self._script_keys,
             args=[
                 *self._common,
@@ -247,9 +267,12 @@ class SlowLedger:
                 _MOST_BYTES,
                 _MOST_BYTES_ALTOGETHER,
                 SUSPICIOUS + 1,
+                contract.PROTOCOL_VERSION,
             ],
         )
-        return (None if wait < 0 else float(wait) / 1000), [_turn(*each) for each in taken]
+        return Taken(
+            None if wait < 0 else float(wait) / 1000, newest, [_turn(*each) for each in turns]
+        )
 
     async def begin(
         self, turn: Turn, jobs: Sequence[PendingJob], *, alone: bool = False, busy: bool = False

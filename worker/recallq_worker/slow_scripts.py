@@ -49,6 +49,11 @@ local function drop(tag, job)
   redis.call('ZREM', waiting .. tag, job)
 end
 
+-- Something is written of the user that workers of older versions need not be able to read.
+local function write_as(turn, before, version)
+  if tonumber(version) > tonumber(before or '1') then redis.call('HSET', turn, 'v', version) end
+end
+
 -- It is not on its way any more.
 local function come(tag, job, session)
   redis.call('ZREM', coming .. tag, job)
@@ -105,10 +110,11 @@ end
 """
 )
 
-# ARGV 10-15: batch id, worker id, time (ms) after which the batch is looked after again; of jobs
-# that are to be tried again: time (ms) until then, line of history, open jobs, all "" for none. Of
-# each job then: index, job id, tag, kind, score, epoch, session ("" for all), pause (ms), what is
-# the same when it is submitted again, item, which may be left out if it was handed over before.
+# ARGV 10-16: batch id, worker id, time (ms) after which the batch is looked after again; of jobs
+# that are to be tried again: time (ms) until then, line of history, open jobs, all "" for none; the
+# version of the protocol in which it is written. Of each job then: index, job id, tag, kind, score,
+# epoch, session ("" for all), pause (ms), what is the same when it is submitted again, item, which
+# may be left out if it was handed over before.
 # Kinds: a, an add to extract; d, a delete; i, an add to index, which is stored. A delete need not
 # let an extraction come to its end that has not begun to store anything. What it concerns is
 # refused as its turn comes. Of a delete and of a stored add a part is done by now, so they count as
@@ -121,7 +127,7 @@ local id = ARGV[10]
 local batch = batches .. id
 local owner, state = unpack(redis.call('HMGET', batch, 'w', 's'))
 if owner ~= ARGV[11] or state ~= 'running' then return {0, pushed} end
-for at = 16, #ARGV, 10 do
+for at = 17, #ARGV, 10 do
   local index, job, tag = unpack(ARGV, at, at + 2)
   if ARGV[at + 9] == '' and redis.call('HEXISTS', batch, 'u' .. index) == 0
      and redis.call('HEXISTS', pending .. tag, job) == 0 then
@@ -129,7 +135,7 @@ for at = 16, #ARGV, 10 do
   end
 end
 local answered = false
-for at = 16, #ARGV, 10 do
+for at = 17, #ARGV, 10 do
   local index, job, tag, kind, score, epoch, session, wait, again, item = unpack(ARGV, at, at + 9)
   local outcome
   come(tag, job, session)
@@ -146,7 +152,9 @@ for at = 16, #ARGV, 10 do
       answered = true
     else
       local turn = turns .. tag
-      local leased, retry, storing, busy = unpack(redis.call('HMGET', turn, 'w', 'b', 'j', 'x'))
+      local leased, retry, storing, busy, version = unpack(
+        redis.call('HMGET', turn, 'w', 'b', 'j', 'x', 'v'))
+      write_as(turn, version, ARGV[16])
       if kind == 'd' and leased and not storing and not busy then
         rest(tag)
         redis.call('HSET', turn, 'd', 0)
@@ -185,18 +193,29 @@ return {1, pushed}
 """
 )
 
-# ARGV 10-16: worker id, lease (ms), most users, most jobs and bytes of each, bytes of all together
-# after which nobody else is taken up, turns begun from which on jobs are worked on one by one.
-# Returns the time (ms) until the next user is due, and of each: tag, token, turns begun, epoch of
+# ARGV 10-17: worker id, lease (ms), most users, most jobs and bytes of each, bytes of all together
+# after which nobody else is taken up, turns begun from which on jobs are worked on one by one, the
+# version of the protocol that the worker speaks. A user of whom something is written in a newer one
+# is left to newer workers, and looked at again after a while.
+# Returns the time (ms) until the next user is due, the newest version of those who were left or 0,
+# and of each of the others: tag, token, turns begun, epoch of
 # the last deletion that was submitted, time (ms) that adds have yet to wait for another attempt,
 # journal, jobs as id, item, earlier attempts.
 TAKE = (
     _PRELUDE
     + """
-local taken, total = {}, 0
-for _, tag in ipairs(redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, ARGV[12])) do
-  if total > tonumber(ARGV[15]) then break end
-  local turn = turns .. tag
+local AGAIN = 2000
+local MOST_LEFT = 1000
+local room, limit, spoken = tonumber(ARGV[12]), tonumber(ARGV[15]), tonumber(ARGV[17])
+local taken, total, left, newest = {}, 0, 0, 0
+
+-- Each changes when the user is due, so nobody is met twice.
+local function leave(tag, version)
+  redis.call('ZADD', slow, now + AGAIN, tag)
+  left, newest = left + 1, math.max(newest, version)
+end
+
+local function take(tag, turn, version)
   rest(tag)
   local jobs, bytes = {}, 0
   for _, job in ipairs(redis.call('ZRANGE', waiting .. tag, 0, ARGV[13] - 1)) do
@@ -215,6 +234,7 @@ for _, tag in ipairs(redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, 
   else
     local token = redis.call('INCR', KEYS[4])
     redis.call('HSET', turn, 't', token, 'w', ARGV[10])
+    write_as(turn, version, ARGV[17])
     local wait = math.max(0, tonumber(redis.call('HGET', turn, 'b') or '0') - now)
     if wait == 0 then redis.call('HDEL', turn, 'b') end
     redis.call('ZADD', slow, now + tonumber(ARGV[11]), tag)
@@ -228,8 +248,19 @@ for _, tag in ipairs(redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, 
     taken[#taken + 1] = {tag, tostring(token), begun, deletion, wait, journal, jobs}
   end
 end
+
+repeat
+  local due = redis.call('ZRANGEBYSCORE', slow, '-inf', now, 'LIMIT', 0, room - #taken)
+  local left_before = left
+  for _, tag in ipairs(due) do
+    if total > limit then break end
+    local version = redis.call('HGET', turns .. tag, 'v')
+    if tonumber(version or '1') > spoken then leave(tag, tonumber(version))
+    else take(tag, turns .. tag, version) end
+  end
+until left == left_before or left > MOST_LEFT or #taken == room or total > limit
 local next = redis.call('ZRANGE', slow, 0, 0, 'WITHSCORES')
-return {next[2] and math.max(0, next[2] - now) or -1, taken}
+return {next[2] and math.max(0, next[2] - now) or -1, newest, taken}
 """
 )
 

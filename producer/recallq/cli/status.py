@@ -21,7 +21,7 @@ from recallq.cli.connection import UrlOption, connect_existing
 from recallq.cli.memory import JsonOption
 from recallq.cli.runner import guarded
 from recallq.errors import ServiceUnavailable
-from recallq.fleet import FleetState, LaneState
+from recallq.fleet import FleetState
 
 _RATES_OVER = 5.0
 """Seconds that rates are taken over, at least."""
@@ -112,6 +112,7 @@ def _report(state: FleetState) -> dict[str, Any]:
         "running_batches": state.running,
         "delayed_batches": state.delayed,
         "in_slow_lane": state.extracting + state.indexing,
+        "slow_lane_waits": state.slow_waits,
         "dead_letters": state.dead_letters,
         "workers": [each.model_dump(mode="json") for each in state.workers],
     }
@@ -149,17 +150,17 @@ def _lanes(first: FleetState, last: FleetState) -> Table:
             lane.lane.value,
             str(lane.workers),
             f"{lane.outstanding:,}",
-            _age(lane),
+            _age(lane.oldest),
             _rate(lane.accepted - before.accepted, seconds),
             _rate(lane.settled - before.settled, seconds),
         )
     return table
 
 
-def _age(lane: LaneState) -> Text:
-    if lane.oldest is None:
+def _age(seconds: float | None) -> Text:
+    if seconds is None:
         return Text("-")
-    return Text(_duration(lane.oldest), style="bold yellow" if lane.oldest > _STALE else "")
+    return Text(_duration(seconds), style="bold yellow" if seconds > _STALE else "")
 
 
 def _duration(seconds: float) -> str:
@@ -180,8 +181,11 @@ def _rest(state: FleetState) -> Text:
     text = Text(f"batches: {state.running:,} running, {state.delayed:,} put off\n")
     text.append(
         f"slow lane: {state.extracting:,} users to extract for, "
-        f"{state.indexing:,} batches to make searchable\n"
+        f"{state.indexing:,} batches to make searchable"
     )
+    if state.slow_waits is not None:
+        text.append(", the first due for ").append(_age(state.slow_waits))
+    text.append("\n")
     text.append(
         f"dead letters: {state.dead_letters:,}", style="bold red" if state.dead_letters else ""
     )
