@@ -26,6 +26,7 @@ from recallq.contract import (
     make_batch,
 )
 from recallq.dead_letters import DeadLetter
+from recallq.envelope import unwrap
 from recallq.errors import InvalidInput, UndecodableJob, UnknownJob
 from recallq.handle import JobHandle
 
@@ -74,14 +75,21 @@ class DeadLetterBox:
             )
         return letter
 
-    async def replay(self, letter: DeadLetter | str) -> JobHandle:
+    async def replay(self, letter: DeadLetter | str, *, unsigned: bool = False) -> JobHandle:
         """Submits the job again, without a deadline, and forgets the letter.
 
         A process that dies in between leaves a letter whose job runs: replaying it once more does
-        no harm. Raises `UnknownJob`, `QueueFull`, and `InvalidInput` for what cannot be read.
+        no harm. `unsigned`: also what may be anybody's, for workers found no good signature. It is
+        signed by this, so whoever replays it vouches for it. Raises `UnknownJob`, `QueueFull`, and
+        `InvalidInput` for what cannot be read, or is not signed.
         """
         if isinstance(letter, str):
             letter = await self.get(letter)
+        if letter.unsigned and not unsigned:
+            raise InvalidInput(
+                f"dead letter {letter.id} may be anybody's, for no signature on it was good; if "
+                "you know who wrote it, replay it with --unsigned (unsigned=True): that signs it"
+            )
         batch = self._revived(letter)
         await self._transport.publish(batch, encode_batch(batch), letter.epochs)
         await self.purge(letter)
@@ -121,7 +129,8 @@ class DeadLetterBox:
                 letter.backend,
             )
         try:
-            batch = decode_batch(letter.payload)
+            # What no task could take was kept as it came, and may hold a batch all the same.
+            batch = decode_batch(unwrap(letter.payload or "") or letter.payload)
         except UndecodableJob as error:
             raise _unreadable(letter, str(error)) from error
         if isinstance(batch, AddBatch):

@@ -47,6 +47,9 @@ class DeadLetter(BaseModel):
     """Of a job: the job, with what the user said."""
     payload: str | None = Field(default=None, repr=False)
     """Of a message: what came, with bytes that are not text written as escapes."""
+    unsigned: bool = False
+    """Of a message: whether it came where workers check signatures, and none was found to be good.
+    It may be anybody's."""
     epochs: list[int] = Field(default_factory=list)
     """The job's deletion epoch; of a message, each job's."""
     code: str

@@ -7,6 +7,7 @@ job again that came without a ledger entry.
 
 from __future__ import annotations
 
+import base64
 import uuid
 from typing import Any
 
@@ -65,3 +66,17 @@ class CeleryEnvelope:
                 },
             }
         )
+
+
+def unwrap(entry: str) -> str | None:
+    """The payload in a queue entry, whoever wrote it; None if it is none of a single argument."""
+    try:
+        message = orjson.loads(entry)
+        body = message["body"]
+        if message["properties"].get("body_encoding") == "base64":
+            body = base64.b64decode(body)
+        arguments, keywords, _ = orjson.loads(body)
+        (payload,) = arguments
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return payload if isinstance(payload, str) and not keywords else None

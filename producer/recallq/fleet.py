@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from recallq.contract import Lane
 from recallq.keys import Keys
@@ -49,6 +51,16 @@ class FleetState:
     waits."""
     dead_letters: int
     workers: tuple[WorkerInfo, ...]
+    memory: int = 0
+    """Bytes that the coordination Redis uses of those that count."""
+    memory_limit: int = 0
+    """Bytes from which on it takes no writes; 0 if there is no such limit."""
+
+    @property
+    def full(self) -> bool:
+        """Whether Redis takes no writes, for want of memory. Then no worker gives a sign of life
+        either."""
+        return 0 < self.memory_limit <= self.memory
 
     @property
     def outstanding(self) -> int:
@@ -63,6 +75,7 @@ async def look(redis: RedisClient, keys: Keys) -> FleetState:
     """Asks the coordination Redis. Its errors are redis-py's."""
     async with redis.pipeline(transaction=False) as pipe:
         pipe.time()
+        pipe.info("memory")
         pipe.hgetall(keys.outstanding)
         pipe.hgetall(keys.totals)
         for key in (keys.held, keys.delayed, keys.slow, keys.indexing, keys.dead):
@@ -72,7 +85,7 @@ async def look(redis: RedisClient, keys: Keys) -> FleetState:
         for lane in Lane:
             pipe.zcard(keys.queued(lane.value))
             pipe.zrange(keys.queued(lane.value), 0, 0)
-        (seconds, micros), outstanding, totals, *counts = await pipe.execute()
+        (seconds, micros), memory, outstanding, totals, *counts = await pipe.execute()
     running, delayed, extracting, indexing, dead, *counts = counts
     first_due, queues = [*counts[0], *counts[1]], counts[2:]
     workers = await WorkerRegistry(redis, keys).alive()
@@ -104,7 +117,20 @@ async def look(redis: RedisClient, keys: Keys) -> FleetState:
         slow_waits=slow_waits if slow_waits > 0 else None,
         dead_letters=dead,
         workers=tuple(workers),
+        memory=memory_used(memory),
+        memory_limit=memory_limit(memory),
     )
+
+
+def memory_used(info: Mapping[str, Any]) -> int:
+    """Bytes that count against the limit, by what INFO says."""
+    return max(int(info["used_memory"]) - int(info.get("mem_not_counted_for_evict", 0)), 0)
+
+
+def memory_limit(info: Mapping[str, Any]) -> int:
+    """Bytes from which on a Redis takes no writes; 0 if it has no limit, or throws keys away."""
+    throws_away = info.get("maxmemory_policy", "noeviction") != "noeviction"
+    return 0 if throws_away else int(info.get("maxmemory", 0))
 
 
 async def _waiting_since(

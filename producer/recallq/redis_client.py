@@ -232,11 +232,12 @@ async def asking(url: str, doing: str, timeout: float = COMMAND_TIMEOUT) -> Asyn
         raise AccessDenied(
             f"{doing}: Redis at {redact(url)} refused the credentials; check the user and password"
         ) from error
-    except exceptions.OutOfMemoryError as error:
-        raise ServiceUnavailable(
-            f"{doing}: Redis at {redact(url)} is out of memory (maxmemory); nothing was enqueued"
-        ) from error
     except LOST as error:
+        why = refusal_of(error)
+        if why is not None:
+            raise ServiceUnavailable(
+                f"{doing}: Redis at {redact(url)} takes no writes: {why}; nothing was enqueued"
+            ) from error
         kind = AccessDenied if is_denied(error) else ServiceUnavailable
         said = reason_of(error).rstrip(".") + _advice(url, error)
         raise kind(f"{doing}: Redis at {redact(url)}: {said}") from error
@@ -292,6 +293,32 @@ def is_denied(error: BaseException) -> bool:
     return isinstance(error, denied) or (
         isinstance(error, RedisError) and bool(_DENIED.search(str(error)))
     )
+
+
+# The codes that redis-py takes off where it knows them, and that stand behind a script's own words.
+_REFUSALS: tuple[tuple[type[RedisError] | None, str, str], ...] = (
+    (exceptions.OutOfMemoryError, "OOM", "it is out of memory (maxmemory)"),
+    (exceptions.ReadOnlyError, "READONLY", "it is a replica (READONLY)"),
+    (None, "MISCONF", "it cannot save to its disk (MISCONF)"),
+    (None, "NOREPLICAS", "it has too few replicas (NOREPLICAS)"),
+)
+
+
+def refusal_of(error: BaseException) -> str | None:
+    """Why Redis takes no writes, if that is what an error says."""
+    said = str(error)
+    for kind, code, why in _REFUSALS:
+        if kind is not None and isinstance(error, kind):
+            return why
+        if isinstance(error, RedisError) and re.search(rf"(^|-){code} ", said):
+            return why
+    return None
+
+
+def trouble_of(error: BaseException) -> str:
+    """What to log of an error that is waited out."""
+    why = refusal_of(error)
+    return type(error).__name__ if why is None else f"{why}; no writes are taken"
 
 
 _PERMANENT = (

@@ -24,6 +24,8 @@ from recallq.redis_client import check_url
 from recallq.signing import keys_in
 
 ENV_PREFIX = "RECALLQ_"
+LONGEST = 366 * 24 * 3600
+"""Seconds. What is beyond a year is a mistake, and too much for some of those who get it."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
@@ -53,12 +55,12 @@ class ClientSettings(BaseSettings):
     backend: str | None = None
     """The backend that workers must run; None takes whatever they run."""
 
-    timeout: float = Field(30.0, gt=0)
+    timeout: float = Field(30.0, gt=0, le=LONGEST)
     """How long an awaited call waits for its answer."""
     wait: Wait = "searchable"
     """What an awaited add waits for, where the backend tells the two apart: that its messages are
     stored, or that searches find them as well."""
-    connect_timeout: float = Field(5.0, gt=0)
+    connect_timeout: float = Field(5.0, gt=0, le=LONGEST)
     default_top_k: int = Field(10, ge=1)
     default_page_size: int = Field(10, ge=1)
 
@@ -88,7 +90,7 @@ class ClientSettings(BaseSettings):
     """Most records the results of one batch may hold together."""
     batch_window: int = Field(4, ge=1)
     """Unanswered batches per lane and operation up to which a new job leaves at once."""
-    batch_linger: float = Field(0.005, ge=0)
+    batch_linger: float = Field(0.005, ge=0, le=LONGEST)
     """Longest wait of a job for company once the window is used up."""
 
     @field_validator("redis_url", "broker_url", "coordination_url", "result_url")

@@ -49,12 +49,15 @@ class Signer:
 
 
 def keys_in(setting: str) -> list[str]:
-    """The keys, by comma. Raises ValueError for one that could be guessed."""
+    """The keys, by comma. Raises ValueError for one that could be guessed, and for words that hold
+    none: signatures are not to be off by mistake."""
     keys = [each.strip() for each in setting.split(",") if each.strip()]
     if any(len(key) < SHORTEST_KEY for key in keys):
         raise ValueError(
             f"has a key of fewer than {SHORTEST_KEY} characters; 'openssl rand -hex 32' makes one"
         )
+    if setting and not keys:
+        raise ValueError("holds no key; leave it empty or unset for messages without signatures")
     return keys
 
 

@@ -116,7 +116,7 @@ class Transport:
         self.dead_letters = DeadLetterOffice(self._coordination, self.keys)
         try:
             for url, client in self._clients.items():
-                async with asking(url, "cannot start"):
+                async with asking(url, "cannot connect"):
                     await client.ping()
             async with asking(settings.coordination_url, "cannot read the time"):
                 await self.clock.calibrate(self._coordination)

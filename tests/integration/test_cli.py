@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recallq import __version__, sample
+from recallq import MemoryClient, __version__, sample
 from tests.support import RECALLQ, Shell, Worker, one_line, redis_at
 
 
@@ -268,6 +268,30 @@ class TestDoctor:
         warnings = [each["detail"] for each in checks if each["state"] == "warning"]
         assert len(warnings) == 2, checks
 
+    def test_it_looks_at_each_redis(self, redis_url: str, tmp_path: Path, namespace: str) -> None:
+        from recallq.embedded import EmbeddedRedis
+
+        with EmbeddedRedis() as server:
+
+            async def limit() -> None:
+                async with redis_at(server.url) as redis:
+                    await redis.config_set("appendonly", "no")
+                    used = (await redis.info("memory"))["used_memory"]
+                    await redis.config_set("maxmemory", used + 100_000)
+
+            asyncio.run(limit())
+            shell = Shell(
+                tmp_path,
+                RECALLQ_REDIS_URL=redis_url,
+                RECALLQ_COORDINATION_URL=server.url,
+                RECALLQ_NAMESPACE=namespace,
+            )
+            checks = json.loads(shell("doctor", "--json", code=1).stdout)["checks"]
+        warned = {each["check"]: each for each in checks if each["state"] == "warning"}
+        assert set(warned) == {"Redis (coordination) durability", "Redis (coordination) memory"}
+        assert "dead letters" in warned["Redis (coordination) durability"]["detail"]
+        assert "maxmemory" in warned["Redis (coordination) memory"]["advice"]
+
 
 class TestDead:
     @pytest.fixture
@@ -296,6 +320,11 @@ class TestDead:
         assert shown["attempts"] == 1
         assert "no dead letter nonsense" in one_line(there("dead", "show", "nonsense", code=1))
 
+        there.environment["COLUMNS"] = "40"
+        told = there("dead", "list").stdout
+        assert all(each["id"] in told for each in (first, second))  # what commands take
+        there.environment["COLUMNS"] = "200"
+
         asyncio.run(self._allow(redis_url, namespace))
         assert "replayed 1 dead letter\n" in there("dead", "replay", first["id"]).stdout
         assert there("dead", "purge", second["id"]).stdout == "purged 1 dead letter\n"
@@ -304,6 +333,19 @@ class TestDead:
             assert "refuse" in there("list", user).stdout
         assert "two" not in there("list", "ann").stdout
         assert there("dead", "purge", "--all").stdout == "purged 0 dead letters\n"
+
+        asyncio.run(self._spoil(redis_url, namespace))
+        replayed = there("dead", "replay", "--all", code=1)
+        assert replayed.stdout == "replayed 0 dead letters\n"
+        assert "cannot be read" in one_line(replayed)
+
+    async def _spoil(self, redis_url: str, namespace: str) -> None:
+        """Leaves a letter that nobody can read."""
+        async with MemoryClient(redis_url, namespace=namespace) as client:
+            keys = client.transport.keys
+            async with redis_at(redis_url) as redis:
+                await redis.hset(keys.dead_letter("spoilt"), "letter", "{")
+                await redis.zadd(keys.dead, {"spoilt": 1})
 
     async def _allow(self, redis_url: str, namespace: str) -> None:
         async with redis_at(redis_url) as redis:

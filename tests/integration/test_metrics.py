@@ -15,10 +15,10 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from recallq import BackendError, MemoryClient
+from recallq import BackendError, MemoryClient, ServiceUnavailable
 from recallq.embedded import EmbeddedRedis
 from tests.scraping import addresses, ask, scraped, value
-from tests.support import Worker, eventually, redis_at
+from tests.support import Shell, Worker, eventually, redis_at
 
 StartWorker = Callable[..., Worker]
 
@@ -147,6 +147,53 @@ async def test_ready_is_who_can_work(namespace: str) -> None:
             assert ask(address, "/healthz") == (200, "ok\n")  # restarting it would not help
             samples = await scraped(address)
             assert value(samples, "recallq_coordination_up") == 0
+        finally:
+            await asyncio.to_thread(worker.close)
+
+
+async def test_a_redis_that_is_full_is_said_to_be_full(namespace: str, tmp_path: Path) -> None:
+    """Not that there is no worker: workers cannot even give a sign of life."""
+    with EmbeddedRedis() as server:
+        worker = Worker(server.url, namespace=namespace, http_port=0)
+        await asyncio.to_thread(worker.start)
+        shell = Shell(tmp_path, RECALLQ_REDIS_URL=server.url, RECALLQ_NAMESPACE=namespace)
+        try:
+            async with (
+                redis_at(server.url) as redis,
+                MemoryClient(server.url, namespace=namespace) as client,
+            ):
+                (address,) = await addresses(client)
+                handle = await client.submit_add("ann", "tea", lane="slow")
+                await handle.result(30)
+                await redis.config_set("maxmemory", 1)
+
+                async def gone() -> bool:
+                    return not await client.workers()
+
+                await eventually(gone)
+                status, said = await asyncio.to_thread(ask, address, "/readyz")
+                assert status == 503
+                assert "out of memory (maxmemory)" in said
+                samples = await scraped(address)
+                limit = value(samples, "recallq_coordination_memory_limit_bytes")
+                assert value(samples, "recallq_coordination_memory_bytes") > limit == 1
+                told = (await asyncio.to_thread(shell, "status")).stdout
+                assert "Redis is out of memory" in told
+                assert "start one" not in told
+                with pytest.raises(ServiceUnavailable, match="out of memory"):
+                    await client.add_memory("ann", "more")
+                assert "out of memory (maxmemory); no writes are taken" in worker.output
+                assert worker.output.count("sign of life") == 1  # and not every three seconds
+                doctor = await asyncio.to_thread(lambda: shell("doctor", code=1))
+                assert "raise its maxmemory" in doctor.stdout
+
+                await redis.config_set("maxmemory", 0)
+
+                async def ready() -> bool:
+                    return (await asyncio.to_thread(ask, address, "/readyz"))[0] == 200
+
+                await eventually(ready)
+                assert (await client.add_memory("ann", "more", timeout=60)).added == 1
         finally:
             await asyncio.to_thread(worker.close)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from recallq import BackendError, MemoryClient, UndecodableJob
+from recallq import BackendError, InvalidInput, MemoryClient, UndecodableJob
 from recallq.contract import Operation
 from recallq.envelope import CeleryEnvelope
 from recallq.signing import Signer
@@ -92,3 +92,41 @@ async def test_extraction_with_signed_messages(
         handles = [await client.submit_add(user, f"tea {number}") for number in range(3)]
         assert [(await each.result(30)).merged for each in handles]
         assert len(await client.list_memory(user)) == 3
+
+
+async def test_what_was_refused_can_be_vouched_for(
+    redis_url: str, namespace: str, start_worker: StartWorker, user: str
+) -> None:
+    """A fleet gets keys, and a client has none yet: what it sent is not lost."""
+    await asyncio.to_thread(lambda: start_worker(signing_keys=KEY))
+    async with MemoryClient(redis_url, namespace=namespace) as without:
+        with pytest.raises(UndecodableJob, match="RECALLQ_SIGNING_KEYS"):
+            await without.search(user, "tea")
+        with pytest.raises(UndecodableJob, match="RECALLQ_SIGNING_KEYS"):
+            await without.add_memory(user, ["green tea", "no milk"])
+    async with MemoryClient(redis_url, namespace=namespace, signing_keys=KEY) as client:
+        (letter,) = await client.dead_letters.list()  # a question is not worth keeping
+        assert letter.unsigned
+        with pytest.raises(InvalidInput, match="--unsigned"):
+            await client.dead_letters.replay(letter)
+        await client.add_memory(user, "later")
+        handle = await client.dead_letters.replay(letter, unsigned=True)
+        assert (await handle.result(30)).added == 2
+        texts = [each.text for each in await client.list_memory(user)]
+        assert texts == ["green tea", "no milk", "later"]
+        assert await client.dead_letters.count() == 0
+
+
+async def test_what_a_delete_was_about_stays_away_from_a_letter_that_is_vouched_for(
+    redis_url: str, namespace: str, start_worker: StartWorker, user: str
+) -> None:
+    await asyncio.to_thread(lambda: start_worker(signing_keys=KEY))
+    async with MemoryClient(redis_url, namespace=namespace) as without:
+        with pytest.raises(UndecodableJob):
+            await without.add_memory(user, "green tea")
+    async with MemoryClient(redis_url, namespace=namespace, signing_keys=KEY) as client:
+        await client.delete_memory(user)
+        (letter,) = await client.dead_letters.list()  # whose it was, nobody could tell
+        handle = await client.dead_letters.replay(letter, unsigned=True)
+        assert (await handle.result(30)).added == 0
+        assert await client.list_memory(user) == []

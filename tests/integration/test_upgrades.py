@@ -58,7 +58,7 @@ async def test_old_workers_leave_what_they_cannot_read_to_newer_ones(
     state = await client.transport.fleet()
     assert all(lane.outstanding == 0 for lane in state.lanes)
     assert new.is_alive()
-    assert old.output.count("left to newer workers") == 1  # once a minute is enough
+    assert old.output.count("left to newer workers") <= 3  # now and then is enough
 
 
 async def test_an_operation_that_is_not_known_yet_is_left_as_well(
@@ -131,7 +131,7 @@ async def test_old_workers_leave_users_in_the_slow_lane_to_newer_ones(
         await handle.result(60)
     assert await texts(client, "ann") == [f"line {n}" for n in range(5)]
     assert await client.dead_letters.count() == 0
-    assert old.output.count("left to newer workers") == 1
+    assert old.output.count("left to newer workers") <= 3
     # Nothing is left of it: older workers serve the user again.
     await asyncio.to_thread(live.stop)
     await asyncio.to_thread(lambda: start_worker(backend="extractor", lanes="live,bulk"))

@@ -15,7 +15,7 @@ from kombu.connection import Connection
 from redis import Redis
 
 from recallq.contract import Operation
-from recallq.envelope import LISTED, CeleryEnvelope
+from recallq.envelope import LISTED, CeleryEnvelope, unwrap
 from tests.strategies import text
 
 CLIENT = "0123456789abcdef"
@@ -173,3 +173,25 @@ def test_making_messages_leaves_celerys_current_app_alone() -> None:
     before = current_app._get_current_object()
     CeleryEnvelope(CLIENT).wrap(TASK, Operation.ADD, "{}", "q")
     assert current_app._get_current_object() is before
+
+
+def test_what_was_wrapped_can_be_unwrapped() -> None:
+    entry = CeleryEnvelope(CLIENT).wrap(TASK, Operation.ADD, PAYLOAD, "recallq.live")
+    assert unwrap(entry.decode()) == PAYLOAD
+    message = orjson.loads(entry)
+    message["body"] = base64.b64encode(message["body"].encode()).decode()
+    message["properties"]["body_encoding"] = "base64"  # as kombu's producers write it
+    assert unwrap(orjson.dumps(message).decode()) == PAYLOAD
+
+
+@pytest.mark.parametrize(
+    "body", ['[["a","b"],{},{}]', '[["a"],{"b":1},{}]', "[[1],{},{}]", "[]", "{", "7", '"'],
+)  # fmt: skip
+def test_what_is_no_single_payload_is_not_unwrapped(body: str) -> None:
+    entry = {"body": body, "properties": {"body_encoding": "utf-8"}}
+    assert unwrap(orjson.dumps(entry).decode()) is None
+
+
+@given(text)
+def test_anything_may_be_tried_to_be_unwrapped(said: str) -> None:
+    assert unwrap(said) is None

@@ -18,7 +18,7 @@ from recallq.redis_client import connect
 from recallq.reference import ReferenceSettings
 from recallq.settings import ClientSettings
 from recallq.workers import WorkerInfo, WorkerRegistry
-from recallq_worker.settings import WorkerSettings
+from recallq_worker.settings import WorkerSettings, misspelt
 
 SECRET = "hunter2"
 NOBODY = "redis://127.0.0.1:1/0"
@@ -534,3 +534,24 @@ async def test_a_factory_that_cannot_connect_says_so() -> None:
         await create("redis", redis_url=f"redis://user:{SECRET}@127.0.0.1:1/0")
     assert isinstance(caught.value, ServiceUnavailable)
     assert SECRET not in everything_said(caught.value)
+
+
+@pytest.mark.parametrize("name", ["timeout", "connect_timeout"])
+@pytest.mark.parametrize("value", ["inf", "nan", "1e12"])
+def test_times_without_an_end_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"RECALLQ_{name.upper()}", value)
+    with pytest.raises(ConfigurationError, match=f"RECALLQ_{name.upper()}"):
+        ClientSettings.load()
+
+
+def test_names_that_are_nearly_settings() -> None:
+    names = [
+        "RECALLQ_SIGNING_KEY", "RECALLQ_HTPP_PORT", "RECALLQ_HTTP_PORT", "RECALLQ_EMBEDDING_TPM",
+        "RECALLQ_MEM0_MODE", "RECALLQ_DATA_DIR", "RECALLQ_OWN_THING", "SIGNING_KEY",
+    ]  # fmt: skip
+    assert misspelt(names) == {
+        "RECALLQ_SIGNING_KEY": "RECALLQ_SIGNING_KEYS",
+        "RECALLQ_HTPP_PORT": "RECALLQ_HTTP_PORT",
+    }

@@ -48,3 +48,9 @@ def test_the_setting() -> None:
     with pytest.raises(ConfigurationError, match=r"RECALLQ_SIGNING_KEYS.*openssl") as caught:
         ClientSettings.load(signing_keys="guessable")
     assert "guessable" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", [" ", ",", "\n", " , "])
+def test_signatures_are_not_off_by_mistake(setting: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"RECALLQ_SIGNING_KEYS.*holds no key"):
+        ClientSettings.load(signing_keys=setting)

@@ -17,7 +17,7 @@ from rich.console import Console
 from recallq.contract import Lane, Scope
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError
 from recallq_worker.backends import registry
-from recallq_worker.settings import WorkerSettings
+from recallq_worker.settings import WorkerSettings, misspelt
 
 if TYPE_CHECKING:
     from recallq_worker.reindexing import Reindexed
@@ -33,7 +33,9 @@ def worker(
     lanes: Annotated[str, typer.Option(help="Lanes to work on, by comma.")] = "live,bulk,slow",
     backend: Annotated[Optional[str], typer.Option(help="Memory backend.")] = None,
     concurrency: Annotated[Optional[int], typer.Option(min=1, help="Batches at once.")] = None,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "WARNING",
+    log_level: Annotated[
+        Optional[str], typer.Option(help="DEBUG, INFO, WARNING or ERROR; else RECALLQ_LOG_LEVEL.")
+    ] = None,
     name: Annotated[Optional[str], typer.Option(help="Celery node name.")] = None,
     until_stdin_ends: Annotated[
         bool, typer.Option(help="Stop when standard input ends, as it does with its owner.")
@@ -45,10 +47,14 @@ def worker(
         os.environ["RECALLQ_BACKEND"] = backend
     if concurrency is not None:
         os.environ["RECALLQ_CONCURRENCY"] = str(concurrency)
+    if log_level is not None:
+        os.environ["RECALLQ_LOG_LEVEL"] = _log_level(log_level)
     # numpy's threads would begin before the process steps back, and there are other workers for
     # the other processors.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     settings = WorkerSettings.load()
+    for wrong, right in misspelt(os.environ).items():
+        print(f"recallq worker: {wrong} is not a setting; is it {right}?", file=sys.stderr)
     wanted = _lanes(lanes)
     missing = registry.missing_requirements("worker")
     if missing:
@@ -65,7 +71,7 @@ def worker(
             "--app=recallq_worker",
             "--quiet",  # no banner: one line says that it is ready
             "worker",
-            f"--loglevel={_log_level(log_level)}",
+            f"--loglevel={settings.log_level}",
             # Chatter between workers that nobody here listens to; it costs Redis and CPU.
             "--without-gossip",
             "--without-mingle",

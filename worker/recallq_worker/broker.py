@@ -276,8 +276,10 @@ class Channel(redis.Channel):
             self.bury(raw, str(error), error.batch_id, queue)
         return True
 
-    def bury(self, raw: bytes, reason: str, batch_id: str | None, queue: str) -> None:
-        """Keeps what cannot be worked on; returns when it is kept."""
+    def bury(
+        self, raw: bytes, reason: str, batch_id: str | None, queue: str, *, keep: bool = True
+    ) -> None:
+        """Keeps what cannot be worked on, if it is to be kept; returns when that is done."""
         try:
             process = runtime.current()
         except ConfigurationError:
@@ -287,7 +289,7 @@ class Channel(redis.Channel):
                 client.lpush(aside, raw)
             log.warning("undecodable message: %s; put on the list %s", reason, aside)
         else:
-            if process.bury(raw, reason, batch_id):
+            if process.bury(raw, reason, batch_id, keep=keep):
                 # Somebody waits for it, as for a batch that ran.
                 answer = BatchResult(error=to_wire(UndecodableJob(reason)))
                 current_app.backend.store_result(batch_id, answer, SUCCESS)

@@ -48,6 +48,7 @@ _PAUSE = 0.5
 _QUIET = 30.0
 _TASKS = frozenset(operation.task_name for operation in Operation)
 """Celery has tasks of its own, which run other tasks in turn."""
+_READS = frozenset(each.task_name for each in Operation if not each.writes)
 _UNKNOWN = "it names an unknown task"
 _MORE = ("callbacks", "errbacks", "chain", "chord")
 """What a worker would publish once the task is done, wherever the message says, with rights that
@@ -56,8 +57,10 @@ _REPETITIVE = (
     "celery.backends.base",
     "celery.backends.redis",
     "celery.worker.consumer.consumer",
+    "recallq_worker.insistence",
     "recallq_worker.runner",
     "recallq_worker.runtime",
+    "recallq_worker.slow_lane",
     "recallq_worker.tasks",
 )
 
@@ -175,10 +178,13 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
         queues = frozenset(lane.queue(settings.namespace) for lane in Lane)
 
         def on_task_received(message: Message) -> None:
+            keep = True
             try:
                 defect = _defect(message)
                 if defect is None and signer is not None:
                     defect = _forged(message, signer, queues)
+                    # Who asks is told; a question is not worth asking again.
+                    keep = message.headers["task"] not in _READS
                 if defect is None:
                     handle(message)
                     return
@@ -191,7 +197,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a malformed message provokes
                 defect = f"it cannot be read: {explain(error)}"
-            self._bury(message, defect)
+            self._bury(message, defect, keep=keep)
 
         return on_task_received
 
@@ -207,7 +213,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
     def on_invalid_task(self, body: Any, message: Message, exc: BaseException) -> None:
         self._bury(message, f"its headers are not a task's: {explain(exc)}")
 
-    def _bury(self, message: Message, reason: str) -> None:
+    def _bury(self, message: Message, reason: str, *, keep: bool = True) -> None:
         if message.channel is not self.task_consumer.channel:
             log.warning("undecodable remote control message: %s; dropped", reason)
             return
@@ -217,6 +223,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery has no
             reason,
             batch_id_of(envelope),
             message.delivery_info["routing_key"],
+            keep=keep,
         )
         if not message.acknowledged:
             message.ack()

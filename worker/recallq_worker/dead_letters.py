@@ -101,6 +101,7 @@ class DeadLetters:
         batch_id: str | None = None,
         lane: Lane | None = None,
         epochs: Sequence[int] = (),
+        unsigned: bool = False,
     ) -> None:
         """Keeps what came on a queue and could not be read. Whose it was, nobody can tell.
 
@@ -111,6 +112,7 @@ class DeadLetters:
             kind="message",
             lane=lane,
             payload=payload,
+            unsigned=unsigned,
             epochs=list(epochs),
             code="undecodable",
             error=error,

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from recallq.redis_client import COMMAND_TIMEOUT, LOST
+from recallq.redis_client import COMMAND_TIMEOUT, LOST, trouble_of
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ async def insistently(work: Callable[[], Awaitable[T]]) -> T:
             async with asyncio.timeout(COMMAND_TIMEOUT):
                 return await work()
         except LOST as error:
-            log.warning("Redis does not answer yet: %s", type(error).__name__)
+            log.warning("Redis does not answer yet: %s", trouble_of(error))
             await asyncio.sleep(delay)
             delay = min(delay * 2, 1.0)
 

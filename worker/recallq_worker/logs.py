@@ -10,7 +10,6 @@ only warnings are logged.
 from __future__ import annotations
 
 import logging
-import time
 import traceback
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -35,23 +34,6 @@ _OWN = frozenset({"time", "level", "logger", "message", "exc_info", "stack_info"
 _ERRORS = 20
 """Most errors that are told together, and most frames of each."""
 _FRAMES = 50
-
-
-class Seldom:
-    """Says when to log again what is the case all the time."""
-
-    def __init__(self, every: float = 60.0) -> None:
-        """`every` in seconds."""
-        self._every = every
-        self._next = 0.0
-
-    def is_due(self) -> bool:
-        """True once, and then not for a while."""
-        now = time.monotonic()
-        if now < self._next:
-            return False
-        self._next = now + self._every
-        return True
 
 
 def install() -> None:

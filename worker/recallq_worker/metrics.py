@@ -295,6 +295,16 @@ class _Fleet(Collector):
                 "Age of the first of these that is due; 0 if none waits for a worker.",
                 state.slow_waits or 0.0,
             ),
+            (
+                "recallq_coordination_memory_bytes",
+                "Memory that the coordination Redis uses, of what counts.",
+                state.memory,
+            ),
+            (
+                "recallq_coordination_memory_limit_bytes",
+                "Memory from which on it takes no writes; 0 without a limit.",
+                state.memory_limit,
+            ),
             ("recallq_kept_dead_letters", "Dead letters that are kept.", state.dead_letters),
         ):
             yield GaugeMetricFamily(name, about, value=float(value))

@@ -24,7 +24,6 @@ from recallq.redis_client import COMMAND_TIMEOUT, LOST
 from recallq_worker.dead_letters import DeadLetters
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import RENEW_EVERY, Claim, NextRun, WorkerLedger
-from recallq_worker.logs import Seldom
 from recallq_worker.service import Left, MemoryService, Postponed
 from recallq_worker.slow_lane import SlowLane
 from recallq_worker.slow_ledger import SlowLedger
@@ -73,7 +72,6 @@ class BatchRunner:
         self._slow_lane = slow_lane
         self._held: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
-        self._newer = Seldom()
 
     async def run(self, batch: AnyBatch, result: BatchResult) -> Settled | Left:
         """Runs `batch`, entering outcomes into `result` as they come.
@@ -182,7 +180,7 @@ class BatchRunner:
             return random.uniform(0.5, 1.0) * min(4 * 2.0**times, _NEWER_MAY_COME)  # noqa: S311
 
         known = await insistently(lambda: self._ledger.leave(batch_id, delay))
-        if known and self._newer.is_due():
+        if known:
             log.warning(
                 "batch %s is left to newer workers (%s); upgrade this one", batch_id, reason
             )

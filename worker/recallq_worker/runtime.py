@@ -27,7 +27,15 @@ from recallq.contract import Lane
 from recallq.errors import ConfigurationError, MissingExtra, RecallQError, ServiceUnavailable
 from recallq.fleet import FleetState, look
 from recallq.keys import Keys
-from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient, asking, connect
+from recallq.redis_client import (
+    COMMAND_TIMEOUT,
+    LOST,
+    RedisClient,
+    asking,
+    connect,
+    refusal_of,
+    trouble_of,
+)
 from recallq.signing import Signer
 from recallq.workers import SIGN_OF_LIFE_EVERY, WorkerInfo, WorkerRegistry
 from recallq_worker.backends import registry
@@ -102,6 +110,8 @@ class Runtime:
         self._clients: dict[str, RedisClient] = {}
         self._lease: OwnerLease | None = None
         self._background: list[asyncio.Task[None]] = []
+        self._unable: str | None = None
+        """Why Redis takes no sign of life."""
         self._metrics = self._make_metrics()
         self._probes: Probes | None = None
         self._exports: Any = tracing.export("recallq-worker") if settings.traces else None
@@ -158,6 +168,8 @@ class Runtime:
                 for url, client in self._clients.items():
                     async with asking(url, "Redis does not answer"):
                         await client.ping()
+                if self._unable is not None:
+                    return f"Redis takes no writes: {self._unable}"
                 health = await services.backend.health()
         except RecallQError as error:
             return str(error)
@@ -203,18 +215,30 @@ class Runtime:
         if self.services.slow_lane is not None:
             self.submit(self.services.slow_lane.stop())
 
-    def bury(self, raw: bytes, reason: str, batch_id: str | None) -> bool:
-        """The same for what came on a queue and is no task, and its bytes.
+    def bury(self, raw: bytes, reason: str, batch_id: str | None, *, keep: bool = True) -> bool:
+        """The same for what came on a queue and is no task, and its bytes. Without `keep`, they are
+        dropped.
 
         Returns whether the ledger has a batch of that id, which somebody waits for.
         """
+        if not keep:
+            log.error("undecodable message: %s; it is of a read, and dropped", reason)
+            return self.submit(self._entry(batch_id or "")).result() is not None
         text = raw.decode(errors="backslashreplace")
         log.error("undecodable message: %s; kept as a dead letter", reason)
-        return self.submit(self._keep_undecodable(text, reason, batch_id or "")).result()
+        unsigned = bool(self.settings.signing_keys)  # nobody has looked, or found a good one
+        keeping = self._keep_undecodable(text, reason, batch_id or "", unsigned=unsigned)
+        return self.submit(keeping).result()
 
-    async def _keep_undecodable(self, payload: str, error: str, batch_id: str) -> bool:
+    async def _entry(self, batch_id: str) -> tuple[Lane, list[int]] | None:
+        ledger = self.services.ledger
+        return await insistently(lambda: ledger.entry(batch_id))
+
+    async def _keep_undecodable(
+        self, payload: str, error: str, batch_id: str, *, unsigned: bool = False
+    ) -> bool:
         services = self.services
-        entry = await insistently(lambda: services.ledger.entry(batch_id))
+        entry = await self._entry(batch_id)
         lane, epochs = entry or (None, [])
         await insistently(
             lambda: services.dead_letters.keep_message(
@@ -224,6 +248,7 @@ class Runtime:
                 batch_id=batch_id if entry is not None else None,
                 lane=lane,
                 epochs=epochs,
+                unsigned=unsigned,
             )
         )
         return entry is not None
@@ -387,7 +412,10 @@ class Runtime:
                     await workers.sign(info)
                     await self._say_that_it_extracts(coordination)
             except LOST as error:
-                log.warning("cannot give a sign of life: %s", type(error).__name__)
+                self._unable = refusal_of(error)
+                log.warning("cannot give a sign of life: %s", trouble_of(error))
+            else:
+                self._unable = None
             await asyncio.sleep(SIGN_OF_LIFE_EVERY)
 
     async def _say_that_it_extracts(self, coordination: RedisClient) -> None:

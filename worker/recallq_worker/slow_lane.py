@@ -20,7 +20,6 @@ from recallq.redis_client import COMMAND_TIMEOUT, LOST
 from recallq_worker.backends.base import Superseded
 from recallq_worker.insistence import insistently
 from recallq_worker.ledger import RENEW_EVERY
-from recallq_worker.logs import Seldom
 from recallq_worker.seclusion import Seclusion
 from recallq_worker.slow_ledger import DeleteGoesFirst, SlowLedger, Turn, TurnIsOver
 from recallq_worker.slow_turn import ActiveTurn, Rules
@@ -57,7 +56,6 @@ class SlowLane:
         self._active: dict[str, ActiveTurn] = {}
         self._news = asyncio.Event()
         self._stopping = False
-        self._warning = Seldom()
 
     def look(self, delay: float = 0.0) -> None:
         """Says that somebody will be due, in `delay` seconds."""
@@ -96,7 +94,7 @@ class SlowLane:
                     await asyncio.sleep(0.5)
                     continue
                 wait = taken.wait
-                if taken.newest and self._warning.is_due():
+                if taken.newest:
                     log.warning(
                         "users in the slow lane are left to newer workers (protocol version %d); "
                         "upgrade this one",

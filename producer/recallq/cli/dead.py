@@ -28,6 +28,11 @@ from recallq.errors import InvalidInput, UnknownJob
 
 app = typer.Typer(help="Jobs that failed for good: look at them, replay or purge them.")
 
+_SHORTEST_ERROR = 20
+"""Characters of an error that a table shows at least, be it wider than the terminal."""
+
+_UNBOUNDED = 10_000
+
 IdsArgument = Annotated[Optional[list[str]], typer.Argument(help="Ids.", show_default=False)]
 UserOption = Annotated[Optional[str], typer.Option("--user", "-u", help="Those of a user.")]
 AllOption = Annotated[bool, typer.Option("--all", help="All of them, of all tenants.")]
@@ -90,6 +95,12 @@ def replay(
     session: SessionOption = None,
     older_than: OlderOption = None,
     every: AllOption = False,
+    unsigned: Annotated[
+        bool,
+        typer.Option(
+            "--unsigned", help="Also what may be anybody's, for no signature on it was good."
+        ),
+    ] = False,
     tenant: TenantOption = None,
     url: UrlOption = None,
 ) -> None:
@@ -97,12 +108,11 @@ def replay(
     twice."""
 
     async def again(client: MemoryClient, letter: DeadLetter) -> bool:
-        handle = await client.dead_letters.replay(letter)
+        handle = await client.dead_letters.replay(letter, unsigned=unsigned)
         print(f"{letter.id} runs again as {handle.id}")
         return True
 
-    done = run(_for_each(again, ids, user, session, older_than, every, tenant, url))
-    print(f"replayed {count(done, 'dead letter')}")
+    _for_each(again, "replayed", ids, user, session, older_than, every, tenant, url)
 
 
 @app.command()
@@ -120,12 +130,12 @@ def purge(
     async def forget(client: MemoryClient, letter: DeadLetter) -> bool:
         return await client.dead_letters.purge(letter)
 
-    done = run(_for_each(forget, ids, user, session, older_than, every, tenant, url))
-    print(f"purged {count(done, 'dead letter')}")
+    _for_each(forget, "purged", ids, user, session, older_than, every, tenant, url)
 
 
-async def _for_each(
+def _for_each(
     work: Callable[[MemoryClient, DeadLetter], Awaitable[bool]],
+    said: str,
     ids: list[str] | None,
     user: str | None,
     session: str | None,
@@ -133,24 +143,34 @@ async def _for_each(
     every: bool,
     tenant: str | None,
     url: str | None,
-) -> int:
-    """Does `work` for the letters that the options name; returns for how many it was done."""
+) -> None:
+    """Does `work` for the letters that the options name, and says for how many. Of one that it
+    cannot be done for, the others go on, and the command fails."""
     chosen = user is not None or older_than is not None
     if bool(ids) + chosen + every != 1:
         fail("say which: ids, or --user and --older-than, or --all", code=2)
-    done = 0
-    async with connect_existing(url, tenant=tenant) as client:
-        letters = client.dead_letters
-        if ids:
-            found = [await letters.get(letter_id) for letter_id in ids]  # all, before any is done
-        else:
-            found = await letters.list(user, session, before=_before(older_than))
-        for letter in found:
-            try:
-                done += await work(client, letter)
-            except (InvalidInput, UnknownJob) as error:  # of this one; the others go on
-                print(f"recallq: {error}", file=sys.stderr)
-    return done
+
+    async def each() -> tuple[int, int]:
+        done = failed = 0
+        async with connect_existing(url, tenant=tenant) as client:
+            letters = client.dead_letters
+            if ids:
+                # All, before any is done.
+                found = [await letters.get(letter_id) for letter_id in ids]
+            else:
+                found = await letters.list(user, session, before=_before(older_than))
+            for letter in found:
+                try:
+                    done += await work(client, letter)
+                except (InvalidInput, UnknownJob) as error:
+                    failed += 1
+                    print(f"recallq: {error}", file=sys.stderr)
+        return done, failed
+
+    done, failed = run(each())
+    print(f"{said} {count(done, 'dead letter')}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def _before(days: float | None) -> datetime | None:
@@ -165,10 +185,10 @@ def _summary(letter: DeadLetter) -> dict[str, Any]:
 def _print_table(letters: list[DeadLetter]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("died (UTC)", style="dim", no_wrap=True)
-    table.add_column("id", no_wrap=True, overflow="fold")
+    table.add_column("id", no_wrap=True)
     table.add_column("what", no_wrap=True)
     table.add_column("user", no_wrap=True, max_width=20, overflow="ellipsis")
-    table.add_column("runs", justify="right")
+    table.add_column("runs", justify="right", no_wrap=True)
     table.add_column("error", no_wrap=True, overflow="ellipsis")  # whole in 'dead show'
     for letter in letters:
         table.add_row(
@@ -179,4 +199,12 @@ def _print_table(letters: list[DeadLetter]) -> None:
             str(letter.attempts),
             printable(f"{letter.code}: {letter.error}"),
         )
-    Console(highlight=False, markup=False).print(table)
+    console = Console(highlight=False, markup=False)
+    # It is the error that gives way on a narrow terminal, and never an id, which commands take.
+    error = table.columns[-1]
+    error.max_width = 1
+    unbounded = console.options.update(width=_UNBOUNDED)
+    others = console.measure(table, options=unbounded).maximum - 1
+    error.max_width = max(console.width - others, _SHORTEST_ERROR)
+    console.width = max(console.width, others + error.max_width)
+    console.print(table)

@@ -14,12 +14,14 @@ from recallq.cli.memory import JsonOption
 from recallq.cli.runner import run
 from recallq.client import MemoryClient
 from recallq.contract import PROTOCOL_VERSION, Lane
-from recallq.errors import AccessDenied, JobTimeout, RecallQError
+from recallq.errors import AccessDenied, JobTimeout, RecallQError, UndecodableJob
+from recallq.fleet import memory_limit, memory_used
 from recallq.redis_client import RedisClient, asking, connect, redact
 from recallq.settings import ClientSettings
 from recallq.workers import WorkerInfo
 
 _OLDEST_REDIS = (6, 2)
+_NEARLY_FULL = 0.9
 _PATIENCE = 10.0
 """Seconds that doctor waits for a worker's answer."""
 
@@ -62,29 +64,36 @@ async def _examine(url: str | None) -> list[Finding]:
         "coordination": settings.coordination_url,
         "result backend": settings.result_url,
     }
+    looked_at: set[str] = set()
     for role, server in servers.items():
-        findings += await _examine_redis(role, server, settings)
+        findings += await _examine_redis(role, server, settings, again=server in looked_at)
+        looked_at.add(server)
     if any(each.state == "failed" for each in findings):
         return findings
     try:
         async with MemoryClient(settings=settings) as client:
-            findings += _judge_workers(await client.workers())
-            findings.append(await _examine_backend(client))
+            workers = await client.workers()
+            findings += _judge_workers(workers)
+            if workers:  # else the question would wait for one
+                findings.append(await _examine_backend(client))
             findings += _judge_dead_letters(await client.dead_letters.count())
     except RecallQError as error:
         findings.append(Finding("client", "failed", str(error)))
     return findings
 
 
-async def _examine_redis(role: str, url: str, settings: ClientSettings) -> list[Finding]:
+async def _examine_redis(
+    role: str, url: str, settings: ClientSettings, *, again: bool
+) -> list[Finding]:
+    """`again`: the server has been examined in another role."""
     check = f"Redis ({role})"
     redis = connect(url, connect_timeout=settings.connect_timeout, retries=0)
     try:
         async with asking(url, "cannot reach it"):
             info = await redis.info()
             findings = [_judge_version(check, url, info)]
-            if role == "broker":
-                findings += _judge_durability(check, info)
+            if not again:
+                findings += _judge_durability(role, check, info) + _judge_memory(check, info)
             if role == "result backend":
                 findings.append(await _write_and_read(role, redis, settings))
     except RecallQError as error:
@@ -106,15 +115,51 @@ def _judge_version(check: str, url: str, info: dict[str, Any]) -> Finding:
     return Finding(check, "ok", detail)
 
 
-def _judge_durability(check: str, info: dict[str, Any]) -> list[Finding]:
+_LOST_WITHOUT_A_FILE = {
+    "broker": "what is queued, unless the ledger is elsewhere",
+    "coordination": "the ledger of accepted jobs, and dead letters",
+    "result backend": "answers that nobody has fetched",
+}
+
+
+_WRITTEN = ("aof_last_write_status", "aof_last_bgrewrite_status", "rdb_last_bgsave_status")
+
+
+def _judge_durability(role: str, check: str, info: dict[str, Any]) -> list[Finding]:
     findings = []
     if not info.get("aof_enabled"):
         findings.append(
             Finding(
                 f"{check} durability",
                 "warning",
-                "no append-only file: a restart of Redis loses what is queued",
+                f"no append-only file: a restart of Redis loses {_LOST_WITHOUT_A_FILE[role]}",
                 "set 'appendonly yes' in its configuration",
+            )
+        )
+    findings += [
+        Finding(
+            f"{check} durability",
+            "failed",
+            f"{name} is {info[name]}: Redis cannot write to its disk",
+            "see its log; is the disk full, or not writable?",
+        )
+        for name in _WRITTEN
+        if info.get(name, "ok") != "ok"
+    ]
+    return findings
+
+
+def _judge_memory(check: str, info: dict[str, Any]) -> list[Finding]:
+    findings = []
+    used, limit = memory_used(info), memory_limit(info)
+    if used > _NEARLY_FULL * limit > 0:
+        findings.append(
+            Finding(
+                f"{check} memory",
+                "failed" if used >= limit else "warning",
+                f"{used:,} of {limit:,} bytes (maxmemory) are used; without any, Redis takes no "
+                "writes",
+                "raise its maxmemory, or delete what nobody needs",
             )
         )
     policy = info.get("maxmemory_policy", "noeviction")
@@ -171,6 +216,16 @@ def _judge_workers(workers: list[WorkerInfo]) -> list[Finding]:
                 "give each backend a RECALLQ_NAMESPACE of its own",
             )
         )
+    versions = sorted({each.version for each in workers})
+    if len(versions) > 1:
+        findings.append(
+            Finding(
+                "versions",
+                "warning",
+                f"workers run {', '.join(versions)}",
+                "go on with the upgrade: deploy/operations.md says in which order",
+            )
+        )
     old = [each for each in workers if each.protocol < PROTOCOL_VERSION]
     if old:
         findings.append(
@@ -197,6 +252,9 @@ async def _examine_backend(client: MemoryClient) -> Finding:
         health = await client.check_backend(_PATIENCE)
     except JobTimeout as error:
         advice = "see the worker's log; is it busy with long jobs, or stuck?"
+        return Finding("memory backend", "failed", str(error), advice)
+    except UndecodableJob as error:
+        advice = "give this command the RECALLQ_SIGNING_KEYS of the workers"
         return Finding("memory backend", "failed", str(error), advice)
     except RecallQError as error:
         return Finding("memory backend", "failed", str(error), "see the worker's log")

@@ -31,7 +31,8 @@ _RESTART_DELAY = 1.0
 
 def up(
     data_dir: Annotated[
-        Optional[Path], typer.Option(help="Where Redis keeps its data.", show_default=False)
+        Optional[Path],
+        typer.Option(help="Where Redis keeps its data; else RECALLQ_DATA_DIR.", show_default=False),
     ] = None,
     port: Annotated[Optional[int], typer.Option(min=1, max=65535, help="Redis port.")] = None,
     workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Processes.")] = 1,
@@ -64,9 +65,17 @@ def _greet(stack: Stack, directory: Path) -> None:
         f"RecallQ is up: Redis and {len(stack.workers)} {noun}, data in {directory}\n"
         f"  in Python   MemoryClient({stack.url!r})\n"
         f"  in a shell  export RECALLQ_REDIS_URL={stack.url}\n"
-        "  'recallq status' and the other commands find it by themselves. Ctrl-C stops it.",
+        f"  {_who_finds_it(directory)} Ctrl-C stops it.",
         flush=True,
     )
+
+
+def _who_finds_it(directory: Path) -> str:
+    if is_named():
+        return "Commands go to the Redis that the environment names, unless you change that."
+    if directory.resolve() != default_data_dir().resolve():
+        return "Commands find it with that, or with RECALLQ_DATA_DIR set to its directory."
+    return "'recallq status' and the other commands find it by themselves."
 
 
 def _supervise(stack: Stack, stopping: threading.Event) -> None:
@@ -94,12 +103,16 @@ def worker(
     concurrency: Annotated[
         Optional[int], typer.Option("--concurrency", "-c", min=1, help="Batches at once.")
     ] = None,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "WARNING",
+    log_level: Annotated[
+        Optional[str], typer.Option(help="DEBUG, INFO, WARNING or ERROR; else RECALLQ_LOG_LEVEL.")
+    ] = None,
     name: Annotated[Optional[str], typer.Option(help="Celery node name.")] = None,
     url: UrlOption = None,
 ) -> None:
     """Run a worker until it is told to stop. Start more of them to scale out."""
-    arguments = ["worker", "--lanes", lanes, "--log-level", log_level]
+    arguments = ["worker", "--lanes", lanes]
+    if log_level is not None:
+        arguments += ["--log-level", log_level]
     if backend is not None:
         arguments += ["--backend", backend]
     if concurrency is not None:

@@ -114,6 +114,8 @@ def _report(state: FleetState) -> dict[str, Any]:
         "in_slow_lane": state.extracting + state.indexing,
         "slow_lane_waits": state.slow_waits,
         "dead_letters": state.dead_letters,
+        "memory": state.memory,
+        "memory_limit": state.memory_limit,
         "workers": [each.model_dump(mode="json") for each in state.workers],
     }
 
@@ -129,9 +131,15 @@ def _view(looks: deque[FleetState] | list[FleetState], trouble: str | None = Non
     if looks:
         first, last = looks[0], looks[-1]
         shown += [_lanes(first, last), "", _rest(last)]
+        if last.full:
+            text = (
+                f"Redis is out of memory ({last.memory:,} bytes of maxmemory "
+                f"{last.memory_limit:,}) and takes no writes, not even workers' signs of life"
+            )
+            shown.append(Text(text, style="bold red"))
         if last.workers:
             shown += ["", _workers(last)]
-        else:
+        elif not last.full:
             shown.append(
                 Text("no worker is running; start one with 'recallq worker'", style="bold yellow")
             )
