@@ -137,6 +137,17 @@ async def test_ready_is_who_can_work(namespace: str) -> None:
             assert ask(address, "/healthz", "HEAD") == (200, "")
             assert ask(address, "/other")[0] == 404
             assert ask(address, "/healthz", "POST")[0] == 405
+
+            async def silent() -> bool:
+                status, said = await asyncio.to_thread(ask, address, "/readyz")
+                return status == 503 and "did not answer within" in said
+
+            frozen = psutil.Process(redis.pid)
+            frozen.suspend()
+            try:
+                await eventually(silent)
+            finally:
+                frozen.resume()
             redis.stop()
 
             async def unready() -> bool:

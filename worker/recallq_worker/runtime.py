@@ -71,6 +71,9 @@ T = TypeVar("T")
 
 _EXTRACTS = 30 * 24 * 3600
 """Seconds for which producers say what is on its way to workers that have not been there."""
+_READY_WITHIN = 6.0
+"""Seconds in which Redis and the backend are to answer for a process to be ready: fewer than those
+for which `recallq_worker.probes` waits to hear of it."""
 _LOOK_WITHIN = 2.0
 """Seconds that a look at the fleet may take, of those that whoever asks for metrics waits."""
 
@@ -164,9 +167,9 @@ class Runtime:
         if services is None or not self._background:
             return "starting"
         try:
-            async with asyncio.timeout(COMMAND_TIMEOUT):
+            async with asyncio.timeout(_READY_WITHIN):
                 for url, client in self._clients.items():
-                    async with asking(url, "Redis does not answer"):
+                    async with asking(url, "Redis does not answer", _READY_WITHIN / 2):
                         await client.ping()
                 if self._unable is not None:
                     return f"Redis takes no writes: {self._unable}"
