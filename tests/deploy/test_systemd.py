@@ -63,6 +63,23 @@ def test_it_may_do_little(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout
 
 
+def test_a_worker_can_count_what_it_uses() -> None:
+    """The process_* metrics come from /proc/stat, which is not of a process."""
+    assert values("ProcSubset") == []
+    assert values("ProtectProc") == ["invisible"]
+
+
+@pytest.mark.skipif(
+    not shutil.which("systemd-escape"), reason="only systemd itself says how it writes names"
+)
+def test_the_file_of_an_instance_for_several_lanes() -> None:
+    run = subprocess.run(
+        ["systemd-escape", "live,bulk"], capture_output=True, text=True, check=True
+    )
+    assert f"/etc/recallq/{run.stdout.strip()}.env" in UNIT
+    assert f"{run.stdout.strip()}.env" in (UNITS / "recallq.env.example").read_text()
+
+
 @pytest.mark.parametrize(
     ("instance", "lanes"), [("live", "live"), ("slow:2", "slow"), ("live,bulk", "live,bulk")]
 )
