@@ -20,6 +20,8 @@ import redis
 from recallq import AccessDenied, BackendError, JobState, MemoryClient
 from recallq.embedded import find_server
 from recallq.redis_client import NO_INTRODUCTION
+from tests.deploy.flower import ask as ask_flower
+from tests.deploy.flower import flower_for
 from tests.secure_redis import (
     ADMIN,
     CLIENT,
@@ -207,6 +209,42 @@ class TestWhatIsNeeded:
             assert worker.wait() == 0
         assert guarded.denied() == []
 
+    def test_events(self, guarded: Guarded) -> None:
+        """Of workers that tell of their batches, heard by a receiver that is the same user."""
+        with Worker(guarded.worker, events="true") as worker:
+            receiver = subprocess.Popen(
+                [sys.executable, "-c", RECEIVER],
+                env=worker._environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            try:
+                assert receiver.stdout is not None
+                heard = {receiver.stdout.readline().strip()}  # it listens: of a worker that lives
+                asyncio.run(ask(guarded.client))
+                told, trouble = receiver.communicate(timeout=PATIENCE)
+            finally:
+                receiver.kill()
+            heard |= set(told.split())
+            assert {"worker-heartbeat", "task-received", "task-succeeded"} <= heard, trouble
+            assert "Traceback" not in worker.output
+        assert guarded.denied() == []
+
+    @once
+    def test_flower(self, guarded: Guarded) -> None:
+        with Worker(guarded.worker, events="true") as worker, flower_for(worker) as address:
+
+            async def is_shown() -> bool:
+                tasks = await asyncio.to_thread(ask_flower, address, "/api/tasks") or {}
+                return any(each["state"] == "SUCCESS" for each in tasks.values())
+
+            asyncio.run(ask(guarded.client))
+            asyncio.run(eventually(is_shown))
+            (told,) = ask_flower(address, "/api/workers?refresh=1").values()
+            assert told["stats"]["pid"] == worker.pid
+        assert guarded.denied() == []
+
     @pytest.mark.parametrize(
         ("user", "packages"), [(CLIENT, ["producer"]), (WORKER, ["producer", "worker"])]
     )
@@ -243,6 +281,8 @@ FOR_NOBODY: list[tuple[str, ...]] = [
     ("EVAL", "return redis.call('GET', 'other:secret')", "0"),
     ("EVAL", "return redis.call('FLUSHALL')", "0"),
     ("PUBLISH", "/0.other.control.pidbox", "{}"),
+    ("PUBLISH", "/0.other.events/task.multi", "{}"),
+    ("PSUBSCRIBE", "/0.*"),
     ("SUBSCRIBE", "other:reply:x"),
 ]
 NOT_FOR_CLIENTS: list[tuple[str, ...]] = [
@@ -252,6 +292,8 @@ NOT_FOR_CLIENTS: list[tuple[str, ...]] = [
     ("BRPOP", "recallq.live", "1"),
     ("RPOP", "recallq.live"),
     ("PUBLISH", "/0.recallq.control.pidbox", "{}"),  # what stops workers
+    ("PUBLISH", "/0.recallq.events/task.multi", "{}"),
+    ("PSUBSCRIBE", "/0.recallq.events/*"),
     ("PUBLISH", "recallq:reply:0123456789abcdef", "x"),
     ("SADD", "_kombu.binding.recallq.control.pidbox", "x"),
 ]
@@ -319,6 +361,22 @@ class TestWhatIsRefused:
             asyncio.run(ask(guarded.client))
             assert worker.is_alive() and PASSWORD not in worker.output
         guarded.denied()
+
+
+RECEIVER = """
+from recallq_worker.app import app
+
+with app.connection_for_read() as connection:
+    receiver = app.events.Receiver(connection, handlers={"*": lambda event: None})
+
+    def hear(event):
+        print(event["type"], flush=True)
+        receiver.should_stop = event["type"] == "task-succeeded"
+
+    receiver.handlers = {"*": hear}
+    receiver.capture()
+"""
+"""Prints the types of the events that it hears, until a batch has succeeded."""
 
 
 async def ask(url: str) -> None:
