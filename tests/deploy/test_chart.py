@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import tomllib
@@ -13,11 +14,24 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from recallq.redis_client import check_url
 from recallq_worker import probes, stopping
 from tests.deploy import chart
-from tests.deploy.files import ALERTS, CHART, DEPLOY, LANES, PORT, ROOT, longest_stop, variables
+from tests.deploy.files import (
+    ALERTS,
+    CHART,
+    DEPLOY,
+    LANES,
+    PORT,
+    ROOT,
+    longest_stop,
+    seconds,
+    variables,
+)
 
-REDIS = {"redis": {"secret": "recallq-redis"}}
+IMAGE = {"image": {"repository": "registry.example.com/recallq"}}
+REDIS = IMAGE | {"redis": {"secret": "recallq-redis"}}
+"""The values that nobody can do without."""
 OWN = ("keda.sh/", "monitoring.coreos.com/")
 """How the API versions of resources begin that are not Kubernetes' own."""
 
@@ -127,8 +141,22 @@ def test_kustomize_builds_the_example() -> None:
         kubernetes_validate.validate(deployment, "1.33", strict=True)
         assert container(deployment)["image"].startswith("registry.example.com/recallq:")
         assert {"name": "RECALLQ_CONCURRENCY", "value": "16"} in container(deployment)["env"]
-    scaled = of_kind(built, "ScaledObject").values()
-    assert len(scaled) == len(LANES)
+    scaled = of_kind(built, "ScaledObject")
+    assert sorted(scaled) == sorted(LANES)
+    # Every trigger asks the overlay's Prometheus, and it is not the base's.
+    addresses = {lane: _addresses(each) for lane, each in scaled.items()}
+    asked = {address for each in addresses.values() for address in each}
+    assert asked == {"http://prometheus.monitoring.svc:9090"}
+    assert asked != {chart.everything()["autoscaling"]["prometheusUrl"]}
+    assert {lane: len(each) for lane, each in addresses.items()} == {
+        "live": 2,
+        "bulk": 2,
+        "slow": 4,
+    }
+
+
+def _addresses(scaled: Mapping[str, Any]) -> list[str]:
+    return [each["metadata"]["serverAddress"] for each in scaled["spec"]["triggers"]]
 
 
 def test_every_resource_of_the_plain_manifests_is_in_a_kustomization() -> None:
@@ -238,6 +266,57 @@ def test_only_metrics_are_let_in(whole: list[dict[str, Any]]) -> None:
     assert out == [53, 53, 6379, 443]
 
 
+def test_more_ways_out() -> None:
+    rule = {
+        "to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+        "ports": [{"port": 4318, "protocol": "TCP"}],
+    }
+    for services in (True, False):
+        policies = {"extraEgress": [rule], "services": {"enabled": services}}
+        found = of_kind(chart.resources({**REDIS, "networkPolicy": policies}), "NetworkPolicy")
+        (policy,) = found.values()
+        kubernetes_validate.validate(policy, "1.33", strict=True)
+        assert policy["spec"]["egress"][-1] == rule
+        assert len(policy["spec"]["egress"]) == 3 + services
+
+
+@pytest.mark.parametrize("interval", ["9s", "10s", "15s", "60s", "1m", "2m"])
+def test_prometheus_waits_for_a_worker_and_no_longer_than_it_may(interval: str) -> None:
+    values = {**REDIS, "podMonitor": {"enabled": True, "interval": interval}}
+    (monitor,) = of_kind(chart.resources(values), "PodMonitor").values()
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["interval"] == interval
+    patience = seconds(endpoint["scrapeTimeout"])
+    assert probes._PATIENCE < patience <= min(seconds(interval), 12)
+
+
+def test_an_interval_that_is_too_short() -> None:
+    shortest = int(probes._PATIENCE)
+    values = {**REDIS, "podMonitor": {"enabled": True, "interval": f"{shortest}s"}}
+    with pytest.raises(chart.library().HelmError, match=f"must be more than {shortest} s"):
+        chart.resources(values)
+
+
+def test_certificates_as_the_page_says() -> None:
+    page = (DEPLOY / "security.md").read_text()
+    url = re.search(r"^ +RECALLQ_REDIS_URL=(rediss://\S+)$", page, re.MULTILINE)
+    block = re.search(r"^    extraVolumes:\n(?:    .*\n)+", page, re.MULTILINE)
+    assert url and block
+    values = yaml.safe_load(block[0])
+    comment = (CHART / "values.yaml").read_text().replace("#  ", "    ")
+    assert block[0] in comment  # the same is told beside the values
+    found = of_kind(chart.resources(REDIS | values), "Deployment")
+    assert sorted(found) == sorted(LANES)
+    for deployment in found.values():
+        kubernetes_validate.validate(deployment, "1.33", strict=True)
+        (mount,) = values["extraVolumeMounts"]
+        assert check_url(url[1]).endswith(f"={mount['mountPath']}/ca.pem")
+        names = [each["name"] for each in deployment["spec"]["template"]["spec"]["volumes"]]
+        assert names == ["tmp", mount["name"]]
+        mounted = container(deployment)["volumeMounts"]
+        assert [each["mountPath"] for each in mounted] == ["/tmp", mount["mountPath"]]
+
+
 def test_scaling(whole: list[dict[str, Any]], deployments: dict[str, dict[str, Any]]) -> None:
     for lane, scaled in of_kind(whole, "ScaledObject").items():
         target = scaled["spec"]["scaleTargetRef"]["name"]
@@ -254,6 +333,7 @@ def test_scaling(whole: list[dict[str, Any]], deployments: dict[str, dict[str, A
 def test_a_split_redis_and_settings() -> None:
     keys = {"broker": "b", "coordination": "c", "result": "r", "store": "s"}
     values = {
+        **IMAGE,
         "redis": {"secret": "elsewhere", "keys": keys},
         "settings": {
             "RECALLQ_BACKEND": "mem0",
@@ -286,12 +366,35 @@ def test_releases_live_side_by_side() -> None:
     assert ("Deployment", "memory-two-recallq-live") in other
 
 
+@pytest.mark.parametrize(
+    ("enabled", "told"),
+    [
+        ("live bulk slow", "exec deploy/recallq-live --"),
+        ("bulk slow", "exec deploy/recallq-bulk --"),
+        ("slow", "exec deploy/recallq-slow --"),
+        ("", "no lane is enabled"),
+    ],
+)
+def test_what_is_said_in_the_end(enabled: str, told: str) -> None:
+    lanes = {lane: {"enabled": lane in enabled.split()} for lane in LANES}
+    notes = chart.render({**REDIS, "lanes": lanes})["NOTES.txt"]
+    assert told in notes
+    assert notes.count("exec deploy/") == bool(enabled)
+    assert notes == notes.lstrip()
+
+
 # --- values that are refused ----------------------------------------------------------------------
 
 
 def test_without_a_secret_nothing_is_rendered() -> None:
     with pytest.raises(chart.library().HelmError, match="name of a Secret"):
-        chart.resources({})
+        chart.resources(IMAGE)
+
+
+def test_without_an_image_nothing_is_rendered() -> None:
+    """Docker Hub's `recallq` would be somebody else's."""
+    with pytest.raises(chart.library().HelmError, match=r"image\.repository is missing"):
+        chart.resources({"redis": {"secret": "recallq-redis"}})
 
 
 @pytest.mark.parametrize(
@@ -312,6 +415,12 @@ def test_without_a_secret_nothing_is_rendered() -> None:
         {"lanes": {"live": {"autoscaling": {"slowUsers": 1}}}},
         {"http": {"port": 80}},
         {"image": {"pullPolicy": "Sometimes"}},
+        {"extraVolumes": [{"emptyDir": {}}]},
+        {"extraVolumes": [{"name": "tmp", "emptyDir": {}}]},
+        {"extraVolumeMounts": [{"name": "certificates"}]},
+        {"extraVolumeMounts": [{"name": "certificates", "mountPath": "etc/recallq"}]},
+        {"extraVolumeMounts": [{"name": "certificates", "mountPath": "/tmp"}]},
+        {"networkPolicy": {"extraEgress": [4318]}},
         {"alerts": {"limits": {"oldestQueuedSeconds": {"live": 0}}}},
         {"podMonitor": {"interval": "15"}},
     ],
