@@ -1,7 +1,8 @@
 """The Helm chart, rendered by Helm's own code; and what is made of it.
 
-`python -m tests.deploy.chart` writes deploy/kubernetes/*.yaml from the chart, and the names of the
-settings into its schema. A test says so if they are not as this would write them.
+`python -m tests.deploy.chart` writes deploy/kubernetes/*.yaml from the chart, the names of the
+settings into its schema, and deploy/compose.settings.yaml. A test says so if they are not as this
+would write them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.deploy import settings_file
 from tests.deploy.files import CHART, DEPLOY, documents, variables
 
 SCHEMA = CHART / "values.schema.json"
@@ -85,6 +87,7 @@ def main() -> None:
     schema = json.loads(SCHEMA.read_text())
     schema["properties"]["settings"]["propertyNames"]["enum"] = settings_of_the_chart()
     SCHEMA.write_text(json.dumps(schema, indent=2) + "\n")
+    settings_file.FILE.write_text(settings_file.text())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from redis.exceptions import AuthenticationError
 
 from recallq.embedded import find_server
 from recallq.redis_client import check_url
-from tests.deploy import tools
+from tests.deploy import settings_file, tools
 from tests.deploy.files import CHART, DEPLOY, LANES, PORT, longest_stop, seconds, variables
 from tests.support import clean_environment, wait_or_kill
 
@@ -23,10 +23,12 @@ PASSWORDS = {"REDIS_PASSWORD": "r-1", "GRAFANA_PASSWORD": "g-1", "FLOWER_PASSWOR
 OURS = ["flower", "recallq", "worker-bulk", "worker-live", "worker-slow"]
 
 
-def config(*files: str, **given: str) -> subprocess.CompletedProcess[str]:
+def config(
+    *files: str, options: Sequence[str] = (), **given: str
+) -> subprocess.CompletedProcess[str]:
     arguments = [part for name in files for part in ("--file", str(DEPLOY / name))]
     return subprocess.run(
-        [*tools.docker_compose(), *arguments, "--profile", "*", "config"],
+        [*tools.docker_compose(), *options, *arguments, "--profile", "*", "config"],
         env=clean_environment(**given),
         capture_output=True,
         text=True,
@@ -68,10 +70,56 @@ def test_the_example_names_what_is_needed() -> None:
     assert needed == set(PASSWORDS)
     assert set(re.findall(r"^(\w+)=$", example, re.MULTILINE)) == needed
     told = set(re.findall(r"^#(\w+)=", example, re.MULTILINE))
-    known = set(re.findall(r"\$\{(\w+):-", text)) | set(
-        re.findall(r"^ +(\w+):$", text, re.MULTILINE)
-    )
+    known = set(re.findall(r"\$\{(\w+):-", text)) | set(settings_file.of_workers())
     assert told <= known
+
+
+def test_the_settings_are_all_that_there_are() -> None:
+    said = f"{settings_file.FILE.name} is not what the settings say: run 'make manifests'"
+    assert settings_file.FILE.read_text() == settings_file.text(), said
+
+
+def test_what_is_set_arrives_where_it_is_read() -> None:
+    """And a secret nowhere else."""
+    given = {name: f"{name}-1" for name in settings_file.of_workers()}
+    services = read("compose.yaml", **given)["services"]
+    found = {
+        name: {key: value for key, value in (each.get("environment") or {}).items() if key in given}
+        for name, each in services.items()
+    }
+    for lane in LANES:
+        assert found[f"worker-{lane}"] == given
+    assert found["recallq"] == {name: given[name] for name in settings_file.of_clients()}
+    assert found["flower"] == {"RECALLQ_NAMESPACE": "RECALLQ_NAMESPACE-1"}
+    for name in ("redis", "prometheus", "grafana"):
+        assert found[name] == {}
+    for name in OURS:
+        own = {"FLOWER_PASSWORD", "GRAFANA_PASSWORD", "REDIS_PASSWORD"}
+        assert not own & services[name]["environment"].keys()
+
+
+def test_a_settings_file_does_as_the_shell_does(tmp_path: Path) -> None:
+    """What is told to operators: .env beside the compose file."""
+    lines = [f"{name}={value}\n" for name, value in PASSWORDS.items()]
+    lines += ["RECALLQ_SLOW_PATIENCE=30\n", "RECALLQ_LOG_FORMAT=text\n"]
+    (tmp_path / ".env").write_text("".join(lines))
+    run = config("compose.yaml", options=["--env-file", str(tmp_path / ".env")])
+    assert run.returncode == 0, run.stderr
+    for lane in LANES:
+        environment = yaml.safe_load(run.stdout)["services"][f"worker-{lane}"]["environment"]
+        assert environment["RECALLQ_SLOW_PATIENCE"] == "30"
+        assert environment["RECALLQ_LOG_FORMAT"] == "text"
+        assert environment["RECALLQ_EVENTS"] == "true"  # for Flower, where nothing else is said
+        assert environment["RECALLQ_CONCURRENCY"] is None  # which leaves it out
+
+
+def test_the_pages_name_what_compose_hands_on() -> None:
+    """Of the variables that others than RecallQ read."""
+    pages = "".join(path.read_text() for path in DEPLOY.glob("*.md"))
+    named = set(re.findall(r"\b(?:FLOW|OPENAI|DASHSCOPE|OTEL)_[A-Z_]*[A-Z]\b(?!_?\*)", pages))
+    named |= set(re.findall(r"\b\w+_API_KEY\b", pages)) - variables()
+    assert "FLOW_LLM_API_KEY" in named and "OTEL_EXPORTER_OTLP_HEADERS" in named
+    assert named <= set(settings_file.of_workers())
 
 
 def test_a_worker_for_each_lane(services: dict[str, Any]) -> None:
