@@ -118,7 +118,7 @@ def _is_scalar(expression: Any) -> bool:
 
 
 def _of_call(call: Any, below: list[Labels]) -> Labels:
-    if call.func.name in ("absent", "scalar", "vector"):
+    if call.func.name in ("absent_over_time", "absent", "scalar", "vector"):
         return frozenset()
     if call.func.name == "histogram_quantile":
         if "le" not in below[1]:

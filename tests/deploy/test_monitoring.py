@@ -346,7 +346,20 @@ CASES: list[tuple[dict[str, str], set[str]]] = [
         {**WELL, 'recallq_coordination_up{fleet="g",instance="b"}': "1x24 stale"},
         {"RecallQNoWorkers"},
     ),
-    ({**WELL, 'up{fleet="f",instance="a"}': "1x10 0x50"}, {"RecallQWorkerDown"}),
+    ({**WELL, 'up{job="recallq",fleet="f",instance="a"}': "1x10 0x50"}, {"RecallQWorkerDown"}),
+    # A PodMonitor's name for it; and somebody else's targets.
+    (
+        {**WELL, 'up{job="memory/two-recallq",fleet="f",instance="a"}': "1x10 0x50"},
+        {"RecallQWorkerDown"},
+    ),
+    (
+        {
+            **WELL,
+            'up{job="lorries",fleet="f",instance="a"}': "1x10 0x50",
+            'up{job="recallq-exporter",instance="a"}': "1x10 0x50",
+        },
+        set(),
+    ),
     (
         {'recallq_coordination_up{fleet="f",instance="a"}': "1x10 0x50"},
         {"RecallQCoordinationDown"},
@@ -403,8 +416,38 @@ CASES: list[tuple[dict[str, str], set[str]]] = [
     ),
     # Nothing ends at all.
     (
-        {**WELL, 'recallq_retries_total{fleet="f",operation="add",lane="live"}': "0+1x60"},
+        {**WELL, 'recallq_retries_total{fleet="f",operation="add",lane="live"}': "0+2x60"},
         {"RecallQBackendErrors"},
+    ),
+    # One job that is tried several times, in a quiet time.
+    (
+        {**WELL, 'recallq_retries_total{fleet="f",operation="add",lane="live"}': "0x22 1+1x3 4x60"},
+        set(),
+    ),
+    (
+        {
+            **WELL,
+            'recallq_jobs_total{fleet="f",operation="add",lane="live",outcome="succeeded"}': (
+                "0x22 1+1x3 4x60"
+            ),
+            'recallq_jobs_total{fleet="f",operation="add",lane="live",outcome="failed"}': (
+                "0x22 1x60"
+            ),
+        },
+        set(),
+    ),
+    # As few jobs, of which many fail.
+    (
+        {
+            **WELL,
+            'recallq_jobs_total{fleet="f",operation="add",lane="live",outcome="succeeded"}': (
+                "0x22 1+1x3 4x60"
+            ),
+            'recallq_jobs_total{fleet="f",operation="add",lane="live",outcome="failed"}': (
+                "0x20 1+1x6 7x60"
+            ),
+        },
+        {"RecallQJobsFail"},
     ),
     (
         {
@@ -446,7 +489,69 @@ CASES: list[tuple[dict[str, str], set[str]]] = [
         },
         {"RecallQModelErrors"},
     ),
+    (
+        {
+            **WELL,
+            'recallq_model_calls_total{fleet="f",backend="mem0",kind="llm",outcome="error"}': (
+                "0x22 1x60"
+            ),
+        },
+        set(),
+    ),
 ]
+
+
+def check(tests: list[dict[str, Any]], directory: Path) -> None:
+    """Has promtool run tests of the rules."""
+    file = directory / "tests.yml"
+    file.write_text(
+        yaml.safe_dump({"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": tests})
+    )
+    promtool("test", "rules", str(file))
+
+
+OUTAGES: list[tuple[dict[str, str], dict[str, list[str]]]] = [
+    # Of two fleets, one is gone for good: for a day.
+    (
+        {"f": "1x1600", "g": "1x24 stale"},
+        {"20m": [], "31m": ["g"], "2h": ["g"], "12h": ["g"], "23h": ["g"], "25h": []},
+    ),
+    # It comes back.
+    ({"f": "1x1600", "g": "1x24 _x200 1x1400"}, {"3h": ["g"], "5h": []}),
+    # Both are gone.
+    ({"f": "1x60 stale", "g": "1x24 stale"}, {"50m": ["g"], "2h": ["f", "g"], "23h": ["f", "g"]}),
+    # The only one is gone: without an end, for after a day there is no fleet at all.
+    ({"f": "1x24 stale"}, {"2h": ["f"], "23h": ["f"], "25h": [""], "40h": [""]}),
+]
+"""The workers of fleets, and at which time which fleet has none."""
+
+
+def test_an_outage_is_told_for_as_long_as_it_lasts(tmp_path: Path) -> None:
+    name = 'ALERTS{alertname="RecallQNoWorkers",alertstate="firing"}'
+    check(
+        [
+            {
+                "interval": "1m",
+                "input_series": [
+                    {"series": f'recallq_coordination_up{{fleet="{fleet}"}}', "values": values}
+                    for fleet, values in fleets.items()
+                ],
+                "promql_expr_test": [
+                    {
+                        "expr": f"count by (fleet) ({name})",
+                        "eval_time": time,
+                        "exp_samples": [
+                            {"labels": f'{{fleet="{fleet}"}}' if fleet else "{}", "value": 1}
+                            for fleet in gone
+                        ],
+                    }
+                    for time, gone in told.items()
+                ],
+            }
+            for fleets, told in OUTAGES
+        ],
+        tmp_path,
+    )
 
 
 def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
@@ -467,11 +572,7 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
         }
         for series, expected in CASES
     ]
-    file = tmp_path / "tests.yml"
-    file.write_text(
-        yaml.safe_dump({"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": tests})
-    )
-    promtool("test", "rules", str(file))
+    check(tests, tmp_path)
     assert {each["alert"] for each in alerts()} == {name for _, found in CASES for name in found}
 
 
@@ -514,3 +615,6 @@ def test_prometheus_looks_where_workers_answer() -> None:
     ]
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert seconds(endpoint["scrapeTimeout"]) > probes._PATIENCE
+    # What alerts know workers by is the same for both.
+    labels = {each["targetLabel"]: each["replacement"] for each in endpoint["relabelings"]}
+    assert labels == {"job": job["job_name"], "fleet": chart.NAME}
