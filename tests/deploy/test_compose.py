@@ -210,7 +210,7 @@ def redis_as_in_compose(services: dict[str, Any], tmp_path: Path) -> Iterator[st
     server = str(find_server())
     process = subprocess.Popen(
         ["sh", "-c", script.replace("redis-server", server, 1)],
-        env=clean_environment(REDIS_PASSWORD="s3-cret_"),
+        env=clean_environment(REDIS_PASSWORD="s3-cret_", REDIS_MAXMEMORY="100mb"),
         stdout=subprocess.DEVNULL,
     )
     while not (tmp_path / "redis.sock").exists():
@@ -231,3 +231,11 @@ def test_redis_is_as_recallq_wants_it(redis_as_in_compose: str) -> None:
         info = redis.info()
     assert info["aof_enabled"] == 1
     assert info["maxmemory_policy"] == "noeviction"
+    assert info["maxmemory"] == 100 * 2**20
+
+
+def test_redis_has_no_limit_but_the_operator_s(services: dict[str, Any]) -> None:
+    assert services["redis"]["environment"]["REDIS_MAXMEMORY"] == "0"  # to Redis, none
+    given = read("compose.yaml", REDIS_MAXMEMORY="4gb")["services"]["redis"]
+    assert given["environment"]["REDIS_MAXMEMORY"] == "4gb"
+    assert "maxmemory $REDIS_MAXMEMORY" in given["command"][-1].replace("$$", "$")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from recallq import MemoryClient
 from recallq.embedded import find_server
-from tests.deploy.files import ALERTS, DEPLOY, ROOT, variables
+from tests.deploy import tools
+from tests.deploy.files import ALERTS, DEPLOY, LANES, ROOT, variables
+from tests.secure_redis import tls_server
 from tests.support import Worker, clean_environment, wait_or_kill
 
 CONFIGURATION = DEPLOY / "redis" / "redis.conf"
@@ -103,6 +109,164 @@ async def test_a_backup_and_a_restore(tmp_path: Path) -> None:
             assert sorted(said) == ["coffee", "tea", "water"]
             # A deletion since then is undone.
             assert len(await client.list_memory("bob")) == 1
+
+
+# --- the commands for compose ---------------------------------------------------------------------
+
+
+def commands(first: str) -> str:
+    """The block of commands on the page that begins with `first`."""
+    page = (DEPLOY / "operations.md").read_text()
+    (block,) = re.findall(rf"^( +){re.escape(first)}(.*\n(?:\1.*\n)*)", page, re.MULTILINE)
+    return textwrap.dedent(block[0] + first + block[1])
+
+
+DOCKER = """#!{python}
+# Does what is asked of `redis` with a Redis on this machine, and notes what is asked of others.
+import os, subprocess, sys, time
+
+arguments = [each.replace("/data", "{data}") for each in sys.argv[1:]]
+arguments = [each.replace("/usr/local/etc/redis", "{configuration}") for each in arguments]
+with open("{log}", "a") as log:
+    print(*arguments, file=log)
+if arguments[:1] == ["compose"]:
+    arguments = arguments[1:]
+what, *arguments = arguments
+while arguments and arguments[0].startswith("-"):
+    arguments = arguments[2 if arguments[0] == "--name" else 1:]
+if what == "cp":
+    sys.exit(subprocess.call(["cp", arguments[0].removeprefix("redis:"), arguments[1]]))
+if what == "stop":
+    password = {{"REDISCLI_AUTH": os.environ["REDIS_PASSWORD"]}} if "redis" in arguments else {{}}
+    sys.exit(subprocess.call(["redis-cli", "SHUTDOWN"], env=os.environ | password))
+if what == "up" and "redis" in arguments:
+    arguments = ["redis", "redis-server", "{configuration}/redis.conf", "--requirepass", "secret"]
+if not arguments or arguments[0] not in ("redis", "recallq-restore"):
+    sys.exit()
+if arguments[1] != "redis-server":
+    sys.exit(subprocess.call(arguments[1:]))
+quiet = subprocess.DEVNULL
+subprocess.Popen(arguments[1:], stdin=quiet, stdout=quiet, stderr=quiet)
+while not subprocess.run(["redis-cli", "PING"], capture_output=True).stdout.startswith(
+    (b"PONG", b"NOAUTH")
+):
+    time.sleep(0.05)
+"""
+
+
+class Machine:
+    """One that has a `docker` of its own, whose Redis is a process in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        binary, environment = tls_server()  # as the compose file has: after Redis 6
+        self._log, programs = directory / "log", directory / "bin"
+        self.data = directory / "data"
+        for each in (programs, self.data):
+            each.mkdir()
+        socket = directory / "redis.sock"
+        own = f"--port 0 --unixsocket {socket} --dir {self.data}"
+        scripts = {
+            "redis-server": f'#!/bin/sh\nexec {binary} "$@" {own}\n',
+            "redis-cli": f'#!/bin/sh\nexec {binary.with_name("redis-cli")} -s {socket} "$@"\n',
+            "docker": DOCKER.format(
+                python=sys.executable,
+                data=self.data,
+                configuration=CONFIGURATION.parent,
+                log=self._log,
+            ),
+        }
+        for name, text in scripts.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        self._directory = directory
+        self._environment = clean_environment(
+            REDIS_PASSWORD="secret", PATH=f"{programs}:{os.environ['PATH']}", **environment
+        )
+
+    def run(self, script: str) -> str:
+        run = subprocess.run(
+            ["sh", "-e", "-c", script],
+            cwd=self._directory,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    @property
+    def asked(self) -> list[str]:
+        """What was asked of docker."""
+        return self._log.read_text().splitlines()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    found = Machine(tmp_path)
+    yield found
+    found.run("REDISCLI_AUTH=secret redis-cli SHUTDOWN NOSAVE || true")
+
+
+def test_the_commands_for_compose_back_up_and_restore(machine: Machine) -> None:
+    backup = commands("ask() {")
+    ask = backup.splitlines()[0]
+    machine.run("docker compose up --detach redis")
+    machine.run(f"{ask}; ask SET a old; sleep 1.1")  # LASTSAVE counts whole seconds
+    said = machine.run(backup.replace("\ndocker compose cp", "\nsleep 1; docker compose cp"))
+    assert "Background saving started" in said
+    (copy,) = machine.data.parent.glob("recallq-*.rdb")
+    machine.run(f"{ask}; ask SET a new; ask SET b new")
+
+    script = commands("docker compose stop worker-live").replace("recallq-DATE.rdb", copy.name)
+    wait = "while ! redis-cli INFO persistence | grep aof_rewrite_in_progress:0; do sleep 0.1; done"
+    script = script.replace("docker stop recallq-restore", f"{wait}\ndocker stop recallq-restore")
+    machine.run(script)
+    assert "aof_enabled:1" in machine.run(f"{ask}; ask INFO persistence")
+    assert machine.run(f"{ask}; ask GET a; ask EXISTS b").split() == ["old", "0"]
+    assert (machine.data / "appendonlydir.old").is_dir()
+    (started,) = [each for each in machine.asked if "--appendonly no" in each]
+    assert "--bind 127.0.0.1" in started  # no client comes in, for there is no password
+
+
+def test_the_commands_name_what_compose_has() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    stopped = commands("docker compose stop worker-live").splitlines()[0].split()[3:]
+    assert {f"worker-{lane}" for lane in LANES} | {"redis"} <= set(stopped) <= services.keys()
+    mounted = [each.split(":")[1] for each in services["redis"]["volumes"]]
+    assert mounted == ["/data", "/usr/local/etc/redis/redis.conf"]
+    page = (DEPLOY / "operations.md").read_text().replace("\\\n", " ")
+    for verb, options in re.findall(r"docker compose (\w+)((?: +--?[\w-]+)*)", page):
+        told = subprocess.run(
+            [*tools.docker_compose(), verb, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for option in options.split():
+            assert re.search(rf"(^|[ ,]){option}\b", told, re.MULTILINE), f"{verb} {option}"
+
+
+def test_units_are_restarted_one_at_a_time(tmp_path: Path) -> None:
+    """With a systemctl that says what it is asked for."""
+    units = [rf"recallq-worker@{each}.service" for each in ("live", "live:2", r"live\x2cbulk")]
+    (tmp_path / "units").write_text("".join(f"{each} loaded active running x\n" for each in units))
+    for name, script in {
+        "systemctl": 'case "$1" in list-units) cat units;; *) cat; echo "$@" >> log;; esac',
+        "sleep": 'echo "sleep $@" >> log',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(
+        ["sh", "-c", commands("systemctl list-units")],
+        cwd=tmp_path,
+        env=clean_environment(PATH=f"{tmp_path}:{os.environ['PATH']}"),
+        check=True,
+    )
+    wanted = [line for unit in units for line in (f"restart {unit}", "sleep 15")]
+    assert (tmp_path / "log").read_text().splitlines() == wanted
+
+
+# --- and the rest ---------------------------------------------------------------------------------
 
 
 def test_a_snapshot_is_not_read_beside_an_append_only_file(tmp_path: Path) -> None:
