@@ -374,6 +374,37 @@ CASES: list[tuple[dict[str, str], set[str]]] = [
         },
         {"RecallQLaneWithoutWorkers"},
     ),
+    # A Redis that is full, in which no worker can say that it lives.
+    (
+        {
+            **WELL,
+            'recallq_coordination_memory_bytes{fleet="f"}': "105x60",
+            'recallq_coordination_memory_limit_bytes{fleet="f"}': "100x60",
+            'recallq_outstanding_jobs{fleet="f",lane="bulk"}': "5x60",
+            'recallq_workers{fleet="f",lane="bulk"}': "0x60",
+            'recallq_slow_users{fleet="f"}': "5x60",
+            'recallq_workers{fleet="f",lane="slow"}': "0x60",
+        },
+        {"RecallQRedisFull"},
+    ),
+    (
+        {
+            **WELL,
+            'recallq_coordination_memory_bytes{fleet="f"}': "95x60",
+            'recallq_coordination_memory_limit_bytes{fleet="f"}': "100x60",
+            'recallq_outstanding_jobs{fleet="f",lane="bulk"}': "5x60",
+            'recallq_workers{fleet="f",lane="bulk"}': "0x60",
+        },
+        {"RecallQRedisFull", "RecallQLaneWithoutWorkers"},
+    ),
+    (
+        {
+            **WELL,
+            'recallq_coordination_memory_bytes{fleet="f"}': "95x60",
+            'recallq_coordination_memory_limit_bytes{fleet="f"}': "0x60",
+        },
+        set(),
+    ),
     (
         {
             **WELL,
