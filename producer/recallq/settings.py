@@ -67,7 +67,8 @@ class ClientSettings(BaseSettings):
     max_in_flight: int = Field(1000, ge=1)
     """Calls beyond this many wait for their turn."""
     high_water_mark: int = Field(100_000, ge=1)
-    """Outstanding jobs of a lane beyond which calls raise QueueFull."""
+    """Outstanding jobs of a lane beyond which calls raise QueueFull. A batch that finds fewer comes
+    in whole, so a lane may hold some batches more."""
     max_message_bytes: int = Field(1024 * 1024, ge=1024)
     max_job_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_id_bytes: int = Field(64 * 1024, ge=1)

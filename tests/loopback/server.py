@@ -204,6 +204,8 @@ class LoopbackServer(Faults, ABC):
             except HttpFailure as failure:
                 body = self.error_body(failure) if failure.body is None else failure.body
                 response = as_response(body, status=failure.status, headers=failure.headers)
+            except ConnectionResetError:
+                response = web.Response()  # whoever asked has gone, in the middle of a stream
             received.status = None if _is_cut(request) else response.status
             if isinstance(response, web.Response):
                 self.finish(received, response)
