@@ -329,8 +329,6 @@ _PERMANENT = (
 _TRANSIENT = (
     exceptions.ConnectionError,
     exceptions.TimeoutError,
-    exceptions.ReadOnlyError,
-    exceptions.OutOfMemoryError,
     exceptions.TryAgainError,
     exceptions.AskError,
     exceptions.ClusterError,
@@ -342,9 +340,7 @@ _TRANSIENT = (
 # Replies that redis-py has no class for; Redis 6.2 puts the code behind others' words when it
 # comes from inside a script.
 _TRANSIENT_REPLY = re.compile(
-    r"^(BUSY|MISCONF|NOREPLICAS) |^max number of clients "
-    r"|^Error running script .*-(OOM|READONLY|MISCONF|NOREPLICAS|MASTERDOWN) ",
-    re.DOTALL,
+    r"^BUSY |^max number of clients |^Error running script .*-MASTERDOWN ", re.DOTALL
 )
 
 
@@ -352,7 +348,9 @@ def is_transient(error: Exception) -> bool:
     """Whether a later try may succeed."""
     if isinstance(error, _PERMANENT):
         return False
-    return isinstance(error, _TRANSIENT) or bool(_TRANSIENT_REPLY.search(str(error)))
+    if isinstance(error, _TRANSIENT) or refusal_of(error) is not None:
+        return True
+    return bool(_TRANSIENT_REPLY.search(str(error)))
 
 
 def reason_of(error: BaseException) -> str:

@@ -88,6 +88,8 @@ class _NowAndThen(logging.Filter):
         text = "".join(each for each in str(record.msg) if not each.isdigit())
         if record.exc_info and isinstance(record.exc_info[1], LOST):
             record.exc_info = None
+        elif record.exc_info and record.name.startswith("recallq_worker"):
+            return True  # a defect, each of which may be another
         now = time.monotonic()
         if now - self._said.get(text, -_QUIET) < _QUIET:
             return False
