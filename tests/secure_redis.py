@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote, urlencode
 
-import pytest
 import redis
 import trustme
 from redis.backoff import NoBackoff
@@ -29,18 +28,16 @@ from redis.retry import Retry
 
 from recallq import embedded
 from tests import debian
+from tests.needs import lacking
 
 HOST = "127.0.0.1"
-REQUIRED = "RECALLQ_TEST_TLS_REQUIRED"
-"""Set where a machine without a Redis that speaks TLS must fail rather than skip these tests."""
-
 _PACKAGES = ("redis-server", "redis-tools")
 _LIBRARIES = ("libatomic1", "libjemalloc2", "liblzf1", "libssl3", "libssl3t64", "libsystemd0")
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recallq-tests/redis"
 
 
 def tls_server() -> tuple[Path, dict[str, str]]:
-    """A redis-server that speaks TLS, and the environment it needs. Skips where there is none."""
+    """A redis-server that speaks TLS, and the environment it needs."""
     found = shutil.which("redis-server")
     if found and _speaks_tls(Path(found), {}):
         return Path(found), {}
@@ -51,11 +48,7 @@ def tls_server() -> tuple[Path, dict[str, str]]:
     if not binary.exists():
         trouble = _fetch()
         if trouble:
-            told = f"no Redis that speaks TLS: install one on PATH ({trouble})"
-            if os.environ.get(REQUIRED):
-                pytest.fail(told)
-            # Not every machine can get one, and all other tests go without; CI sets REQUIRED.
-            pytest.skip(told)
+            lacking(f"no Redis that speaks TLS: install one on PATH ({trouble})")
         return tls_server()
     environment = {"LD_LIBRARY_PATH": libraries}
     assert _speaks_tls(binary, environment), f"remove {_CACHE}, and try again"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-import pytest
 import yaml
 
 from tests.deploy import settings_file
 from tests.deploy.files import CHART, DEPLOY, documents, variables
+from tests.needs import lacking
 
 SCHEMA = CHART / "values.schema.json"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -40,8 +41,11 @@ MANIFESTS: Mapping[str, tuple[str, ...]] = {
 
 
 def library() -> Any:
-    """Helm as a library; skips the test where no wheel has it."""
-    return pytest.importorskip("helm_python", reason="no wheel with Helm for this platform")
+    """Helm as a library."""
+    try:
+        return import_module("helm_python")
+    except ImportError:
+        lacking("there is no wheel with Helm for this platform")
 
 
 def render(values: Mapping[str, Any], name: str = NAME) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import yaml
 
 from recallq.redis_client import check_url
 from recallq_worker import probes, stopping
+from tests import needs
 from tests.deploy import chart
 from tests.deploy.files import (
     ALERTS,
@@ -124,10 +124,8 @@ def test_the_plain_manifests_are_the_chart_s() -> None:
         assert (chart.KUBERNETES / path).read_text() == text, said
 
 
-@pytest.mark.skipif(
-    not shutil.which("kubectl"), reason="kubectl, which alone builds overlays, is not here"
-)
 def test_kustomize_builds_the_example() -> None:
+    needs.program("kubectl", "it alone builds overlays")
     run = subprocess.run(
         ["kubectl", "kustomize", str(chart.KUBERNETES / "example")],
         capture_output=True,

@@ -12,12 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 
 from recallq.embedded import EmbeddedRedis
+from tests import needs
 from tests.deploy import tools
 from tests.deploy.files import DEPLOY, PORT, ROOT
+from tests.needs import lacking
 from tests.support import READY, RECALLQ, clean_environment
 
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
@@ -93,7 +94,7 @@ def test_the_steps_install_what_is_locked(tmp_path: Path) -> None:
         if "NewConnectionError" in run.stderr or "NameResolutionError" in run.stderr:
             # The steps install from the index, as an image's build does: offline there is nothing
             # to be told about them. Any other failure of theirs is one of the test.
-            pytest.skip("there is no package index to install from")
+            lacking("there is no package index to install from")
         assert run.returncode == 0, run.stderr
     (packages,) = tmp_path.glob("opt/recallq/lib/*/site-packages")
     found = {
@@ -165,16 +166,15 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# Only root may make namespaces and mount in them; a developer need not be root for the other tests.
-@pytest.mark.skipif(
-    not shutil.which("unshare") or os.geteuid() != 0, reason="needs root and unshare"
-)
 def test_the_worker_stops_as_first_process(tmp_path: Path) -> None:
     """In a container it is process 1, for which SIGTERM has no default, and can write to one
     directory alone: here not to /tmp, in which the repository may be."""
+    needs.program("unshare", "it makes the namespaces that a container has")
+    if os.geteuid() != 0:
+        lacking("only root may make namespaces and mount in them")
     if subprocess.run(["unshare", "--pid", "--mount", "--fork", "true"], check=False).returncode:
         # As in a container without CAP_SYS_ADMIN, where root may not either.
-        pytest.skip("this machine gives no namespaces of processes")
+        lacking("this machine gives no namespaces of processes")
     writable = tmp_path / "writable"
     writable.mkdir()
     with EmbeddedRedis() as redis:

