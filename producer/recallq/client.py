@@ -540,13 +540,13 @@ class MemoryClient:
         """The likeliest reason for a timeout, as far as Redis tells it quickly."""
         with contextlib.suppress(RecallQError, TimeoutError):
             async with asyncio.timeout(1.0):
-                fleet = await self.transport.fleet()
-                if fleet.full:
-                    return (
-                        ": Redis is out of memory (maxmemory), so that workers cannot answer; give "
-                        "it more"
-                    )
-                if not any(lane in worker.lanes for worker in fleet.workers):
+                workers = await self.workers()
+                if not any(lane in worker.lanes for worker in workers):
+                    if (await self.transport.fleet()).full:  # where none can say that it lives
+                        return (
+                            ": Redis is out of memory (maxmemory), so that workers cannot answer; "
+                            "give it more"
+                        )
                     return (
                         f": no worker is running for lane {lane.value}; "
                         "start one with 'recallq worker'"
@@ -555,7 +555,7 @@ class MemoryClient:
                     most = self.settings.max_in_flight
                     return f": it waited for its turn behind {most:,} calls (max_in_flight)"
                 standing = await self.transport.standing(JobRef.parse(job_id))
-                if not any(Lane.SLOW in worker.lanes for worker in fleet.workers):
+                if not any(Lane.SLOW in worker.lanes for worker in workers):
                     standing += "; no worker is running for lane slow"
                 return standing
         return ""

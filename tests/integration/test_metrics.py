@@ -15,7 +15,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from recallq import BackendError, MemoryClient, ServiceUnavailable
+from recallq import BackendError, JobTimeout, MemoryClient, ServiceUnavailable
 from recallq.embedded import EmbeddedRedis
 from tests.scraping import addresses, ask, scraped, value
 from tests.support import Shell, Worker, eventually, redis_at
@@ -176,7 +176,15 @@ async def test_a_redis_that_is_full_is_said_to_be_full(namespace: str, tmp_path:
                 (address,) = await addresses(client)
                 handle = await client.submit_add("ann", "tea", lane="slow")
                 await handle.result(30)
+                worker.signal(signal.SIGSTOP)
+                waiting = asyncio.create_task(client.add_memory("ann", "milk", timeout=20))
+
+                async def accepted() -> bool:
+                    return (await client.transport.fleet()).outstanding == 1
+
+                await eventually(accepted)
                 await redis.config_set("maxmemory", 1)
+                worker.signal(signal.SIGCONT)
 
                 async def gone() -> bool:
                     return not await client.workers()
@@ -193,6 +201,8 @@ async def test_a_redis_that_is_full_is_said_to_be_full(namespace: str, tmp_path:
                 assert "start one" not in told
                 with pytest.raises(ServiceUnavailable, match="out of memory"):
                     await client.add_memory("ann", "more")
+                with pytest.raises(JobTimeout, match="out of memory"):
+                    await waiting
                 assert "out of memory (maxmemory); no writes are taken" in worker.output
                 assert worker.output.count("sign of life") == 1  # and not every three seconds
                 doctor = await asyncio.to_thread(lambda: shell("doctor", code=1))
