@@ -43,6 +43,7 @@ from recallq.errors import (
     from_wire,
 )
 from recallq.handle import JobHandle
+from recallq.in_turn import InTurn
 from recallq.messages import Message, MessageLike, returning
 from recallq.requests import Filters, Request, Requests
 from recallq.settings import ClientSettings
@@ -50,8 +51,6 @@ from recallq.tracing import Tracer
 from recallq.transport import Transport, Waiter
 from recallq.workers import WorkerInfo
 
-_IN_ORDER = 1.0
-"""Seconds for which a batch of writes waits until the one before it is accepted."""
 _JOB_OVERHEAD_BYTES = 256
 """What a job takes in a message besides its texts and ids, about."""
 
@@ -86,8 +85,8 @@ class MemoryClient:
         self._batcher: Batcher
         self._in_flight: dict[bool, asyncio.Semaphore]
         """Of writes, and of reads, which do not wait for writes that take long."""
-        self._accepting: asyncio.Future[None] | None
-        """Done when the batch of writes that left last is accepted, or was refused."""
+        self._writes: InTurn
+        """The turns of batches of writes: they are accepted in the order of the calls."""
 
     # --- lifecycle ------------------------------------------------------------------------------
 
@@ -99,7 +98,7 @@ class MemoryClient:
         self._requests = Requests(self.settings, transport.clock)
         self._batcher = Batcher(self.settings, self._send)
         most = self.settings.max_in_flight
-        self._accepting = None
+        self._writes = InTurn()
         self._in_flight = {writes: asyncio.Semaphore(most) for writes in (True, False)}
         self._transport = transport  # before the await: a second start() must not make another
         try:
@@ -525,16 +524,8 @@ class MemoryClient:
         if not operation.writes:
             await transport.publish(batch, payload)
             return
-        # One after the other: on connections of their own, a later one could be there earlier, and
-        # be taken for all there is of its user.
-        before, accepted = self._accepting, asyncio.get_running_loop().create_future()
-        self._accepting = accepted
-        try:
-            if before is not None and not before.done():
-                await asyncio.wait([before], timeout=_IN_ORDER)
+        async with self._writes.turn():
             await transport.publish(batch, payload)
-        finally:
-            accepted.set_result(None)
 
     async def _why_no_answer(self, lane: Lane, job_id: str) -> str:
         """The likeliest reason for a timeout, as far as Redis tells it quickly."""

@@ -55,8 +55,8 @@ class Keys:
         self.indexing = f"{namespace}:indexing"
         """Sorted set: the same of the batches whose adds are stored and not yet searchable."""
         self.extracts = f"{namespace}:extracts"
-        """There while workers run a backend that extracts memories, and a month longer, unless
-        others are started."""
+        """1 if the workers' backend extracts memories, 0 if it does not; not there until the first
+        worker has been started."""
         self.slow_tokens = f"{namespace}:slow-tokens"
         """Counter: the last fencing token given in the slow lane."""
         self.workers = f"{namespace}:workers"

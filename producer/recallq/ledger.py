@@ -89,9 +89,9 @@ if epochs == '' then
   epochs = table.concat(each, ',')
 end
 local delete = ARGV[5] == 'delete'
-if (delete or ARGV[12] ~= '') and redis.call('EXISTS', KEYS[7]) == 1 then
-  -- Extractions wait for what was submitted before, as long as it may be on its way. A delete may
-  -- be for as long as it is remembered what came of an add.
+if (delete or ARGV[12] ~= '') and redis.call('GET', KEYS[7]) ~= '0' then
+  -- Extractions wait for what was submitted before; before the first worker there may be some as
+  -- well. A delete may be on its way for as long as it is remembered what came of an add.
   local index, users, lifetime = 0, {}, delete and 2592000 or 3600
   for user in string.gmatch(ARGV[8], '%d+') do users[#users + 1] = tonumber(user) end
   for place in string.gmatch(delete and epochs or ARGV[12], '%d+') do

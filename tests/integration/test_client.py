@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from pydantic import BaseModel, ConfigDict
 
@@ -23,6 +27,7 @@ from recallq import (
     InvalidInput,
     JobCancelled,
     JobExpired,
+    JobHandle,
     JobState,
     JobTimeout,
     MemoryClient,
@@ -32,7 +37,9 @@ from recallq import (
     UnknownJob,
     WrongBackend,
 )
+from recallq.contract import AddJob, decode_batch
 from recallq.embedded import EmbeddedRedis
+from recallq.redis_client import COMMAND_TIMEOUT
 from tests.conftest import no_blocking
 from tests.support import Worker, clean_environment, eventually, redis_at
 
@@ -351,6 +358,50 @@ class TestWithoutAWorker:
             assert await two_are_out()
             await asyncio.to_thread(start_worker)
             await asyncio.gather(*calls)
+
+    @staticmethod
+    async def submit_to_one_that_hangs(
+        client: MemoryClient, redis: EmbeddedRedis, count: int, seconds: float
+    ) -> list[JobHandle | BaseException]:
+        """What comes of so many adds of a user, if Redis does nothing for so long."""
+        assert redis.pid is not None
+        os.kill(redis.pid, signal.SIGSTOP)
+        try:
+            calls = [asyncio.create_task(client.submit_add("ann", str(n))) for n in range(count)]
+            await asyncio.wait(calls, timeout=seconds)
+        finally:
+            os.kill(redis.pid, signal.SIGCONT)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    async def test_writes_are_accepted_in_order_however_long_redis_takes(
+        self, tmp_path: Path
+    ) -> None:
+        with EmbeddedRedis(tmp_path) as own:
+            async with MemoryClient(own.url, batch_max_jobs=5) as client:
+                handles = await self.submit_to_one_that_hangs(client, own, 100, 2)
+                assert {type(handle) for handle in handles} == {JobHandle}
+                async with redis_at(own.url) as redis:
+                    queued = await redis.lrange("recallq.live", 0, -1)
+        orders = [
+            job.order
+            for message in reversed(queued)
+            for job in decode_batch(orjson.loads(orjson.loads(message)["body"])[0][0]).jobs
+            if isinstance(job, AddJob)
+        ]
+        assert len(orders) == 100
+        assert orders == sorted(orders)
+
+    async def test_in_an_outage_every_write_is_told_within_the_time_of_two(
+        self, tmp_path: Path
+    ) -> None:
+        """That of the first, and that of all others."""
+        with EmbeddedRedis(tmp_path) as own:
+            async with MemoryClient(own.url, batch_max_jobs=1) as client:
+                began = time.monotonic()
+                hung = 3 * COMMAND_TIMEOUT
+                outcomes = await self.submit_to_one_that_hangs(client, own, 30, hung)
+                assert time.monotonic() < began + hung
+        assert {type(outcome) for outcome in outcomes} == {ServiceUnavailable}
 
     async def test_cancelling_a_call_ends_it(self, lonely: MemoryClient, user: str) -> None:
         call = asyncio.create_task(lonely.add_memory(user, "tea"))

@@ -263,6 +263,63 @@ class TestSideBySide:
         said = [text for each in await extractions(client) for text in each["texts"]]
         assert said == ["zero", "one", "two"]
 
+    @staticmethod
+    def place(client: MemoryClient, age: int) -> int:
+        return client.next_order() - age * 1_000_000
+
+    @pytest.mark.parametrize("age", [0, 3600], ids=["new", "long queued"])
+    async def test_it_is_waited_for_by_workers_who_were_not_there_when_it_was_submitted(
+        self, client: MemoryClient, namespace: str, start_worker: StartWorker, age: int
+    ) -> None:
+        """And however long ago that was: the whole lane may be behind."""
+        first = await client.submit_add("ann", "one", order=self.place(client, age))
+        async with redis_at(client.settings.redis_url) as redis:
+            message = await redis.rpop(f"{namespace}.live")  # another worker has it, say
+            second = await client.submit_add("ann", "two", order=self.place(client, age))
+            await asyncio.to_thread(start_worker, backend=EXTRACTOR)
+            await parked(client, "ann", 1)
+            await asyncio.sleep(1)
+            assert await extractions(client) == []
+            await redis.rpush(f"{namespace}.live", cast("bytes", message))
+        assert (await first.result(40)).added + (await second.result(40)).added == 2
+        assert await texts(client, "ann") == ["one", "two"]
+
+    @pytest.mark.usefixtures("bulk")
+    async def test_nobody_waits_for_what_another_lane_is_behind_with(
+        self, client: MemoryClient, redis: RedisClient
+    ) -> None:
+        bulk = await client.submit_add("ann", "one", lane="bulk", order=self.place(client, 3600))
+        keys = client.transport.keys
+        assert await redis.zcard(keys.coming(keys.user_tag("default", "ann"))) == 1
+        assert (await client.add_memory("ann", "two", timeout=10)).added == 1
+        assert await bulk.status() is JobState.QUEUED
+
+    async def test_it_is_not_waited_for_for_ever(
+        self, client: MemoryClient, redis: RedisClient, start_worker: StartWorker
+    ) -> None:
+        """Of a batch that never comes, whatever is the matter with it."""
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR)
+        await client.add_memory("ann", "zero")
+        keys = client.transport.keys
+        tag = keys.user_tag("default", "ann")
+        never = "0123456789abcdef-1"
+        await redis.hset(keys.batch(never), mapping={"s": "queued", "l": "live", "n": "1"})
+        await redis.zadd(keys.coming(tag), {f"{never}-0": self.place(client, 3600)})
+        last = await client.submit_add("ann", "last")
+        await parked(client, "ann", 1)
+
+        async def is_awaited() -> bool:
+            return await redis.hexists(keys.turn(tag), "o")
+
+        await eventually(is_awaited)
+        await asyncio.sleep(0.5)
+        assert await last.status() is JobState.QUEUED
+        awaited, since = cast("bytes", await redis.hget(keys.turn(tag), "o")).decode().split()
+        assert awaited == never
+        await redis.hset(keys.turn(tag), "o", f"{never} {int(since) - 16_000}")
+        assert (await last.result(10)).added == 1
+        assert await redis.zcard(keys.coming(tag)) == 0
+
     async def test_a_worker_without_the_slow_lane_leaves_it_to_others(
         self, client: MemoryClient, start_worker: StartWorker
     ) -> None:

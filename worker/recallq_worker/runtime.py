@@ -69,8 +69,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_EXTRACTS = 30 * 24 * 3600
-"""Seconds for which producers say what is on its way to workers that have not been there."""
 _READY_WITHIN = 6.0
 """Seconds in which Redis and the backend are to answer for a process to be ready: fewer than those
 for which `recallq_worker.probes` waits to hear of it."""
@@ -360,9 +358,7 @@ class Runtime:
         except RecallQError as error:
             raise ServiceUnavailable(f"backend {backend.name} does not start: {error}") from error
         async with asking(settings.coordination_url, "cannot start the worker"):
-            if not isinstance(memory, MemoryExtractor):
-                await coordination.delete(self._keys.extracts)  # nobody does any more
-            await self._say_that_it_extracts(coordination)
+            await self._say_whether_it_extracts(coordination, first=True)
         workers = WorkerRegistry(coordination, self._keys)
         swept = None if self._metrics is None else self._metrics.swept
         self._background += [
@@ -413,7 +409,7 @@ class Runtime:
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT):
                     await workers.sign(info)
-                    await self._say_that_it_extracts(coordination)
+                    await self._say_whether_it_extracts(coordination)
             except LOST as error:
                 self._unable = refusal_of(error)
                 log.warning("cannot give a sign of life: %s", trouble_of(error))
@@ -421,11 +417,15 @@ class Runtime:
                 self._unable = None
             await asyncio.sleep(SIGN_OF_LIFE_EVERY)
 
-    async def _say_that_it_extracts(self, coordination: RedisClient) -> None:
-        """Where memories are extracted, producers say which adds are on their way: from the first
-        that this process may take."""
+    async def _say_whether_it_extracts(
+        self, coordination: RedisClient, *, first: bool = False
+    ) -> None:
+        """Unless workers extract nothing, producers say which adds are on their way. Who has just
+        been started knows best; later, a store does not gainsay others."""
         if isinstance(self.services.backend, MemoryExtractor):
-            await coordination.set(self._keys.extracts, 1, ex=_EXTRACTS)
+            await coordination.set(self._keys.extracts, 1)
+        else:
+            await coordination.set(self._keys.extracts, 0, nx=not first)
 
     async def _hold(self, lease: OwnerLease) -> None:
         while True:

@@ -15,7 +15,7 @@ Everything a crash may fall between is one script. Of a user, by hash tag (see `
               the lease, when another attempt is due; `indexing` is the same for stored adds, which
               another kind of backend must not take for adds to extract
     coming    adds that were submitted, and are not here yet: what was submitted later waits for
-              them for some seconds, as long as it takes to run again what a killed worker held
+              them, but not for ever, nor for what another lane is behind with
     deleting  the same of deletes, by their epochs: an add that was submitted before waits for one
               that may be about to remove what came of it
     waiting   job ids in order: deletes by their epoch (ms), which is below the order key (µs) of
@@ -24,6 +24,7 @@ Everything a crash may fall between is one script. Of a user, by hash tag (see `
     turn      t token   w worker, while there is one   d turns begun since one last came to an end
               r the jobs worked on now   x set while they must not be disturbed
               j token and journal of what is being stored   b until when adds wait for another try
+              o the batch that an add waits for which was submitted before, and since when
               k<job> how often it died alone, and the token of the turn that counted last
               v the newest version of the protocol in which something is written here, if it is not
               the first: workers that do not speak it leave the user to others

@@ -271,6 +271,36 @@ return {next[2] and math.max(0, next[2] - now) or -1, newest, taken}
 BEGIN = (
     _PRELUDE
     + """
+local MOST_LOOKED_AT = 100
+
+-- The first adds that were submitted, and will be here as soon as a worker has taken them from
+-- their queue: `any`, whom everybody waits for who comes later in the order, and by lane those whom
+-- only others of the lane wait for; the place of each, and its batch if it is not new.
+-- Of the lane, because what is here has overtaken them, so they cannot be far. Another lane may be
+-- behind by hours: who is queued there is waited for only while they are new. Of those who are not,
+-- nobody is waited for whose batch is settled, or who did not come while they were waited for.
+local function first_coming(tag, turn)
+  local first = {}
+  local new = (now - WAIT_FOR_ADD) * 1000
+  local awaited, since = string.match(redis.call('HGET', turn, 'o') or '', '^(%S+) (%d+)$')
+  local old = redis.call(
+    'ZRANGEBYSCORE', coming .. tag, '-inf', '(' .. new, 'WITHSCORES', 'LIMIT', 0, MOST_LOOKED_AT)
+  for at = 1, #old, 2 do
+    local id = string.match(old[at], '^(.*)%-')
+    local state, lane = unpack(redis.call('HMGET', batches .. id, 's', 'l'))
+    if not state or (id == awaited and now - since > WAIT_FOR_ADD) then
+      redis.call('ZREM', coming .. tag, old[at])
+    else
+      local who = state == 'running' and 'any' or lane
+      first[who] = first[who] or {tonumber(old[at + 1]), id}
+    end
+  end
+  local next = redis.call(
+    'ZRANGEBYSCORE', coming .. tag, new, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+  first.any = first.any or (next and {tonumber(next), ''})
+  return first, awaited
+end
+
 local tag, token, said, running = ARGV[10], ARGV[11], {}, {}
 local turn = turns .. tag
 if not mine(tag, token) then return 0 end
@@ -280,16 +310,26 @@ if ARGV[13] == '0' then
   if kind == 'd' then return 1 end
 end
 pause(tag)
--- What was submitted before, and will be here as soon as a worker has taken it from its queue.
-local lost = (now - WAIT_FOR_ADD) * 1000
-redis.call('ZREMRANGEBYSCORE', coming .. tag, '-inf', lost)
-local first = redis.call('ZRANGE', coming .. tag, 0, 0, 'WITHSCORES')[2]
+local first, awaited = first_coming(tag, turn)
+local waits_for = nil
+
+-- Whether an add is not the next of its user, because of one that is on its way.
+local function comes_later(order, lane)
+  for _, who in ipairs({'any', lane}) do
+    if first[who] and order > first[who][1] then
+      waits_for = waits_for or first[who][2]
+      return true
+    end
+  end
+  return false
+end
+
 for at = 14, #ARGV, 3 do
   local job, session, again = unpack(ARGV, at, at + 2)
   local item = redis.call('HGET', pending .. tag, job)
-  local order = first and redis.call('ZSCORE', waiting .. tag, job)
+  local order = tonumber(redis.call('ZSCORE', waiting .. tag, job) or '0')
   local kind, epoch, id, index = header(item or '')
-  local jobs = redis.call('HGET', batches .. (id or ''), 'n')
+  local jobs, lane = unpack(redis.call('HMGET', batches .. (id or ''), 'n', 'l'))
   local before, unsettled
   if item then before, unsettled = known(tag, session, again, epoch) end
   if not item or not jobs then
@@ -305,7 +345,7 @@ for at = 14, #ARGV, 3 do
     said[#said + 1] = {'wait', ''}
   elseif before and not unsettled then
     said[#said + 1] = {'known', before}
-  elseif kind == 'a' and order and tonumber(order) > tonumber(first) then
+  elseif kind == 'a' and comes_later(order, lane) then
     said[#said + 1] = {'wait', ''}
   else
     local deaths = 0
@@ -322,6 +362,9 @@ for at = 14, #ARGV, 3 do
   end
 end
 redis.call('HSET', turn, 'r', table.concat(running, ','))
+if waits_for and waits_for ~= '' and waits_for ~= awaited then
+  redis.call('HSET', turn, 'o', waits_for .. ' ' .. now)
+end
 if ARGV[13] == '1' then redis.call('HSET', turn, 'x', 1) end
 return said
 """
