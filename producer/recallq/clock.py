@@ -14,24 +14,31 @@ import time
 from recallq.redis_client import COMMAND_TIMEOUT, LOST, RedisClient
 
 _PROBES = 5
-_RECALIBRATE = 300.0
+_RECALIBRATE = 30.0
+"""Seconds; also how long it may take to follow a step of Redis's clock."""
+_TICKS = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""A step of the machine's wall clock cannot move it, and it goes on while the machine sleeps, as on
+Linux the monotonic clock does not."""
+
+
+def _ticks_us() -> int:
+    return time.clock_gettime_ns(_TICKS) // 1000
 
 
 class FleetClock:
     """Redis's time, read locally. Not calibrated, it is this machine's own."""
 
     def __init__(self) -> None:
-        # Offset to the monotonic clock, so that a step of the machine's wall clock cannot move it.
-        self._offset_us = time.time_ns() // 1000 - time.monotonic_ns() // 1000
+        self._offset_us = time.time_ns() // 1000 - _ticks_us()
         self._last_order = 0
 
     async def calibrate(self, redis: RedisClient) -> None:
         """Measures the offset to `redis`; a handful of round trips."""
         best: tuple[int, int] | None = None
         for _ in range(_PROBES):
-            before = time.monotonic_ns() // 1000
+            before = _ticks_us()
             seconds, micros = await redis.time()
-            after = time.monotonic_ns() // 1000
+            after = _ticks_us()
             offset = seconds * 1_000_000 + micros - (before + after) // 2
             if best is None or after - before < best[0]:
                 best = (after - before, offset)
@@ -48,7 +55,7 @@ class FleetClock:
         return self._last_order
 
     def _now_us(self) -> int:
-        return time.monotonic_ns() // 1000 + self._offset_us
+        return _ticks_us() + self._offset_us
 
 
 async def keep_time(clock: FleetClock, redis: RedisClient) -> None:

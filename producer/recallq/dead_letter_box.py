@@ -7,7 +7,7 @@ dead job had stored already is not stored twice.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from recallq.contract import (
     AddBatch,
     AddJob,
+    AnyJob,
     Batch,
     DeleteJob,
     Lane,
@@ -90,8 +91,11 @@ class DeadLetterBox:
                 f"dead letter {letter.id} may be anybody's, for no signature on it was good; if "
                 "you know who wrote it, replay it with --unsigned (unsigned=True): that signs it"
             )
-        batch = self._revived(letter)
-        await self._transport.publish(batch, encode_batch(batch), letter.epochs)
+        batch, epochs = await self._without_deleted(self._revived(letter), letter.epochs)
+        if not batch.jobs:
+            await self.purge(letter)
+            raise UnknownJob(f"what dead letter {letter.id} was to add has been deleted since")
+        await self._transport.publish(batch, encode_batch(batch), epochs)
         await self.purge(letter)
         return JobHandle(self._client, batch.jobs[0].id)
 
@@ -113,6 +117,23 @@ class DeadLetterBox:
         async with self._transport.asking("cannot read the dead letters", timeout=60.0):
             async for letter in self._office.every(scope=scope, before=before):
                 yield letter
+
+    async def _without_deleted(
+        self, batch: Batch[Any], epochs: Sequence[int]
+    ) -> tuple[Batch[Any], Sequence[int]]:
+        """A batch without its adds that a deletion has come after, and the epochs of the others.
+        Backends refuse these as well, but do not remember deletions for as long as a letter lies
+        here."""
+        left: list[tuple[AnyJob, int]] = []
+        async with self._transport.asking("cannot look for deletions"):
+            for job, epoch in zip(batch.jobs, epochs, strict=True):
+                if not isinstance(job, AddJob) or epoch >= await self._office.fence(job.scope):
+                    left.append((job, epoch))
+        jobs = [job for job, _ in left]
+        return (
+            make_batch(batch.id, batch.lane, batch.operation, jobs, batch.backend),
+            [epoch for _, epoch in left],
+        )
 
     def _revived(self, letter: DeadLetter) -> Batch[Any]:
         """A batch of the letter's jobs, under a new id."""

@@ -78,6 +78,13 @@ class DeadLetterOffice:
         stored = await self._redis.hget(self._keys.dead_letter(letter_id), LETTER)
         return None if stored is None else _read(letter_id, cast("bytes", stored))
 
+    async def fence(self, scope: Scope) -> int:
+        """The epoch below which nothing of a session, or of a user, is kept or replayed."""
+        fields = ["*"] if scope.session_id is None else ["*", f"s:{scope.session_id}"]
+        key = self._keys.epochs(scope.tenant, scope.user_id)
+        found = cast("list[bytes | None]", await self._redis.hmget(key, fields))
+        return max(int(each or 0) for each in found)
+
     async def every(
         self, *, scope: Scope | None = None, before: datetime | None = None
     ) -> AsyncIterator[DeadLetter]:

@@ -55,8 +55,8 @@ class Keys:
         self.indexing = f"{namespace}:indexing"
         """Sorted set: the same of the batches whose adds are stored and not yet searchable."""
         self.extracts = f"{namespace}:extracts"
-        """1 if the workers' backend extracts memories, 0 if it does not; not there until the first
-        worker has been started."""
+        """0 if the workers' backend does not extract memories. 1 while there are others, which is
+        as much as if it were not there, but that nobody writes a 0."""
         self.slow_tokens = f"{namespace}:slow-tokens"
         """Counter: the last fencing token given in the slow lane."""
         self.workers = f"{namespace}:workers"
@@ -84,7 +84,8 @@ class Keys:
 
     def epochs(self, tenant: str, user_id: str) -> str:
         """Hash: field ``n`` is the epoch of the user's last deletion. ``*`` and ``s:<session>``:
-        the epoch below which nothing of the user, or of the session, is kept as a dead letter."""
+        the epoch below which nothing of the user, or of the session, is kept as a dead letter
+        or replayed."""
         return self.epochs_of(self.user_tag(tenant, user_id))
 
     def epochs_of(self, user_tag: str) -> str:

@@ -91,14 +91,14 @@ end
 local delete = ARGV[5] == 'delete'
 if (delete or ARGV[12] ~= '') and redis.call('GET', KEYS[7]) ~= '0' then
   -- Extractions wait for what was submitted before; before the first worker there may be some as
-  -- well. A delete may be on its way for as long as it is remembered what came of an add.
-  local index, users, lifetime = 0, {}, delete and 2592000 or 3600
+  -- well. Remembered for as long as what came of an add is.
+  local index, users = 0, {}
   for user in string.gmatch(ARGV[8], '%d+') do users[#users + 1] = tonumber(user) end
   for place in string.gmatch(delete and epochs or ARGV[12], '%d+') do
     local coming = KEYS[8 + 2 * users[index + 1]]
     local session = delete and '|' .. ARGV[13 + index] or ''
     redis.call('ZADD', coming, place, ARGV[1] .. '-' .. index .. session)
-    redis.call('EXPIRE', coming, lifetime)
+    redis.call('EXPIRE', coming, 2592000)
     index = index + 1
   end
 end

@@ -11,9 +11,10 @@ from recallq.redis_client import RedisClient
 async def leftovers(redis: RedisClient, namespace: str) -> list[str]:
     """Keys that nobody needs any more and that would stay for ever.
 
-    Memories, deletion epochs, dead letters and how many jobs there were are kept on purpose, and
-    kombu keeps its bindings. Whatever else there is - results, signs of life, what clients note
-    down - must expire; batches, messages and all that counts those that are open must be gone.
+    Memories, deletion epochs, dead letters, how many jobs there were and what kind of backend it is
+    are kept on purpose, and kombu keeps its bindings. Whatever else there is - results, signs of
+    life, what clients note down - must expire; batches, messages and all that counts those that are
+    open must be gone.
     """
     keys = Keys(namespace)
     kept = (
@@ -22,6 +23,7 @@ async def leftovers(redis: RedisClient, namespace: str) -> list[str]:
         f"{namespace}:epoch:{{",
         keys.clock,
         keys.totals,
+        keys.extracts,
         keys.slow_tokens,
         keys.dead,
         keys.workers,

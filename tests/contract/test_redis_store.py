@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -106,6 +107,20 @@ class TestRedisStore(FindsWords):
                 assert await redis.hkeys(f"{base}:x") == [b"s"]
                 assert not await redis.exists(f"{base}:s:old")
                 assert 3500 < await redis.ttl(f"{base}:r") <= 3600
+
+    async def test_a_ttl_is_counted_by_the_clock_that_order_keys_have(
+        self, redis_url: str, namespace: str, user: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A machine whose own is two hours ahead removes nothing that has yet to live."""
+        ahead = time.time_ns() + 7200 * 10**9
+        monkeypatch.setattr(time, "time", lambda: ahead / 10**9)
+        monkeypatch.setattr(time, "time_ns", lambda: ahead)
+        async with opened(RedisStore(redis_url, namespace=namespace, ttl=3600)) as store:
+            now = await _now(redis_url)
+            await store.add([_at(user, "fresh", now - 10)])
+            await store.add([_at(user, "newest", now)])
+            listed = await store.list(Scope("default", user), offset=0, limit=9)
+            assert texts(listed) == ["fresh", "newest"]
 
     async def test_with_a_ttl_a_silent_user_vanishes(
         self, redis_url: str, namespace: str, user: str

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import orjson
@@ -20,7 +22,7 @@ from recallq import (
     MemoryClient,
     WorkerLost,
 )
-from recallq.contract import AddJob, decode_batch
+from recallq.contract import AddJob, JobRef, decode_batch
 from recallq.embedded import EmbeddedRedis
 from recallq.keys import Keys
 from recallq.redis_client import RedisClient
@@ -275,6 +277,9 @@ class TestSideBySide:
         first = await client.submit_add("ann", "one", order=self.place(client, age))
         async with redis_at(client.settings.redis_url) as redis:
             message = await redis.rpop(f"{namespace}.live")  # another worker has it, say
+            keys = client.transport.keys
+            coming = keys.coming(keys.user_tag("default", "ann"))
+            assert await redis.ttl(coming) > 7 * 24 * 3600  # or all workers are away for days
             second = await client.submit_add("ann", "two", order=self.place(client, age))
             await asyncio.to_thread(start_worker, backend=EXTRACTOR)
             await parked(client, "ann", 1)
@@ -319,6 +324,46 @@ class TestSideBySide:
         await redis.hset(keys.turn(tag), "o", f"{never} {int(since) - 16_000}")
         assert (await last.result(10)).added == 1
         assert await redis.zcard(keys.coming(tag)) == 0
+
+    async def test_a_search_of_a_killed_worker_waits_for_no_extraction(
+        self, client: MemoryClient, redis: RedisClient, namespace: str, start_worker: StartWorker
+    ) -> None:
+        """Though it may be what has killed the worker."""
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR, lanes="live,slow")
+        slow = await client.submit_add("ben", "until released")
+        await begun(client, 1)
+        search = await client.submit_search("ann", "tea", lane="bulk")
+        batch_id = JobRef.parse(search.id).batch_id
+        await redis.hset(client.transport.keys.batch(batch_id), "d", "1")
+        await redis.lmove(f"{namespace}.bulk", f"{namespace}.live", "RIGHT", "LEFT")
+        assert await search.result(10) == []
+        assert await slow.status() is JobState.RUNNING
+        await release(client)
+        assert (await slow.result(30)).added == 1
+
+    async def test_stores_say_that_nobody_extracts_and_extractors_that_somebody_does(
+        self, client: MemoryClient, redis: RedisClient, start_worker: StartWorker
+    ) -> None:
+        """Whichever takes the place of the other: the word of one that is gone does not last."""
+        extracts = client.transport.keys.extracts
+
+        async def say(wanted: bytes) -> None:
+            async def said() -> bool:
+                return await redis.get(extracts) == wanted
+
+            await eventually(said)
+
+        store = await asyncio.to_thread(start_worker, backend="redis")
+        await say(b"0")
+        await client.add_memory("ann", "tea")
+        keys = client.transport.keys
+        assert not await redis.exists(keys.coming(keys.user_tag("default", "ann")))
+        await asyncio.to_thread(start_worker, backend=EXTRACTOR)
+        await say(b"1")
+        await asyncio.sleep(3)  # both give signs of life
+        assert await redis.get(extracts) == b"1"
+        assert 0 < await redis.ttl(extracts) <= 60
+        assert store.is_alive()
 
     async def test_a_worker_without_the_slow_lane_leaves_it_to_others(
         self, client: MemoryClient, start_worker: StartWorker
@@ -902,13 +947,17 @@ class TestLostReplies:
         return turn
 
     async def park(self, client: MemoryClient, redis: RedisClient, text: str) -> None:
-        """Hands an add over, as a worker of the live lane does."""
+        """Submits an add and hands it over, as a worker of the live lane does."""
         namespace = client.settings.namespace
         await client.submit_add("ann", text)
         while True:
             message = orjson.loads(cast("bytes", await redis.rpop(f"{namespace}.live")))
             if text in message["body"]:
                 break
+        await self.hand_over(redis, namespace, message)
+
+    @staticmethod
+    async def hand_over(redis: RedisClient, namespace: str, message: dict[str, Any]) -> None:
         batch = decode_batch(orjson.loads(message["body"])[0][0])
         keys = Keys(namespace)
         worker = WorkerLedger(redis, redis, redis, keys, "w1", one_step=True)
@@ -950,6 +999,91 @@ class TestLostReplies:
         await ledger.finish(turn, 1, [(job, b'{"result":{"record_ids":[],"added":1}}', None)])
         assert await handle.status() is JobState.RUNNING
         assert not await handle.cancel()
+
+
+class TestOrder:
+    """Which adds may be begun, as the scripts see it."""
+
+    @pytest.fixture
+    async def ledger(self, redis: RedisClient, namespace: str) -> SlowLedger:
+        return TestLostReplies.ledger_of(redis, namespace, "w1")
+
+    async def pop(self, redis: RedisClient, namespace: str) -> dict[str, Any]:
+        """The message of a batch that another worker has taken."""
+        message = await redis.rpop(f"{namespace}.live")
+        found: dict[str, Any] = orjson.loads(cast("bytes", message))
+        return found
+
+    async def test_one_that_comes_during_the_turn_is_not_overtaken(
+        self, client: MemoryClient, redis: RedisClient, namespace: str, ledger: SlowLedger
+    ) -> None:
+        await client.submit_add("ann", "one")
+        other = await self.pop(redis, namespace)
+        for text in ("two", "three"):
+            await client.submit_add("ann", text)
+            hand_over = TestLostReplies.hand_over
+            await hand_over(redis, namespace, await self.pop(redis, namespace))
+        (turn,) = (await ledger.take(5, 200)).turns
+        assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["wait", "wait"]
+        await TestLostReplies.hand_over(redis, namespace, other)
+        assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["wait", "wait"]
+        await ledger.postpone(turn, 0.0, [])
+        (turn,) = (await ledger.take(5, 200)).turns
+        assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["go"] * 3
+
+    async def test_one_that_comes_later_holds_up_nobody(
+        self, client: MemoryClient, redis: RedisClient, namespace: str, ledger: SlowLedger
+    ) -> None:
+        for text in ("one", "two"):
+            await client.submit_add("ann", text)
+            hand_over = TestLostReplies.hand_over
+            await hand_over(redis, namespace, await self.pop(redis, namespace))
+            if text == "one":
+                (turn,) = (await ledger.take(5, 200)).turns
+        assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["go"]
+
+    async def test_however_much_waits_in_another_lane(
+        self, client: MemoryClient, redis: RedisClient, namespace: str, ledger: SlowLedger
+    ) -> None:
+        """It is not what is waited for, and does not hide what is."""
+
+        async def submit(text: str, lane: str, age: int) -> None:
+            await client.submit_add(
+                "ann", text, lane=lane, order=client.next_order() - age * 1_000_000
+            )
+
+        await asyncio.gather(*(submit(f"bulk {n}", "bulk", 7200) for n in range(300)))
+        await submit("one", "live", 3600)
+        other = await self.pop(redis, namespace)
+        await submit("two", "live", 3600)
+        await TestLostReplies.hand_over(redis, namespace, await self.pop(redis, namespace))
+        (turn,) = (await ledger.take(5, 200)).turns
+        assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["wait"]
+        await TestLostReplies.hand_over(redis, namespace, other)
+        await ledger.postpone(turn, 0.0, [])
+        (turn,) = (await ledger.take(5, 200)).turns
+        assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["go", "go"]
+
+
+class TestAnOutageOfRedis:
+    async def test_an_extraction_goes_on(self, tmp_path: Path) -> None:
+        """No lease runs out while nobody can renew one: it is not paid for twice."""
+        with (
+            EmbeddedRedis(tmp_path) as own,
+            Worker(own.url, backend=EXTRACTOR, namespace="recallq"),
+            Worker(own.url, backend=EXTRACTOR, namespace="recallq"),
+        ):
+            assert own.pid is not None
+            async with MemoryClient(own.url) as client:
+                handle = await client.submit_add("ann", "sleep 12")
+                await begun(client, 1)
+                for _ in range(2):
+                    await asyncio.sleep(1)
+                    os.kill(own.pid, signal.SIGSTOP)
+                    await asyncio.sleep(6)
+                    os.kill(own.pid, signal.SIGCONT)
+                assert (await handle.result(60)).added == 1
+                assert len(await extractions(client)) == 1
 
 
 class TestElsewhere:

@@ -69,6 +69,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_EXTRACTS = 60
+"""Seconds for which the word of a worker that extracts memories counts more than that of a store's:
+where one takes the place of the other, both are there for a while."""
 _READY_WITHIN = 6.0
 """Seconds in which Redis and the backend are to answer for a process to be ready: fewer than those
 for which `recallq_worker.probes` waits to hear of it."""
@@ -358,7 +361,7 @@ class Runtime:
         except RecallQError as error:
             raise ServiceUnavailable(f"backend {backend.name} does not start: {error}") from error
         async with asking(settings.coordination_url, "cannot start the worker"):
-            await self._say_whether_it_extracts(coordination, first=True)
+            await self._say_whether_it_extracts(coordination)
         workers = WorkerRegistry(coordination, self._keys)
         swept = None if self._metrics is None else self._metrics.swept
         self._background += [
@@ -417,15 +420,12 @@ class Runtime:
                 self._unable = None
             await asyncio.sleep(SIGN_OF_LIFE_EVERY)
 
-    async def _say_whether_it_extracts(
-        self, coordination: RedisClient, *, first: bool = False
-    ) -> None:
-        """Unless workers extract nothing, producers say which adds are on their way. Who has just
-        been started knows best; later, a store does not gainsay others."""
+    async def _say_whether_it_extracts(self, coordination: RedisClient) -> None:
+        """Unless workers extract nothing, producers say which adds are on their way."""
         if isinstance(self.services.backend, MemoryExtractor):
-            await coordination.set(self._keys.extracts, 1)
+            await coordination.set(self._keys.extracts, 1, ex=_EXTRACTS)
         else:
-            await coordination.set(self._keys.extracts, 0, nx=not first)
+            await coordination.set(self._keys.extracts, 0, nx=True)
 
     async def _hold(self, lease: OwnerLease) -> None:
         while True:

@@ -40,6 +40,13 @@ class Seclusion:
             await self._empty.wait()
             yield
 
+    @contextlib.asynccontextmanager
+    async def ahead(self) -> AsyncIterator[None]:
+        """For a suspect that cannot wait until what takes long is over. No other suspect is inside,
+        and nobody is let in."""
+        async with self._door:
+            yield
+
     @property
     def claimed(self) -> bool:
         """Whether somebody is alone, or waits to be."""

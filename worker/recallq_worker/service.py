@@ -210,8 +210,10 @@ class MemoryService:
             if self._extractor is not None and batch.operation.writes:
                 return await self._what_is_left(run, for_slow_lane + runnable)
             if claim.deliveries > 1:
-                # The culprit may be in another such batch, or in the slow lane.
-                async with self._seclusion.alone():
+                # The culprit may be in another such batch, or in the slow lane. Where that extracts
+                # memories, callers would not wait for so long; and it is found there, too.
+                reads_only = self._extractor is not None
+                async with self._seclusion.ahead() if reads_only else self._seclusion.alone():
                     await self._one_at_a_time(run, runnable)
             elif isinstance(batch, AddBatch) and claim.attempts == 0:
                 await self._add_together(run, batch.jobs, runnable)

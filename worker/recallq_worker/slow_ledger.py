@@ -14,6 +14,8 @@ Everything a crash may fall between is one script. Of a user, by hash tag (see `
     slow      when somebody may take up the user: after a pause for others to join, at the end of
               the lease, when another attempt is due; `indexing` is the same for stored adds, which
               another kind of backend must not take for adds to extract
+    slow-tokens    the last token given;  :heard  when a worker last asked for users, or renewed a
+              lease;  :spare  until when nobody is taken from a worker, for Redis was away
     coming    adds that were submitted, and are not here yet: what was submitted later waits for
               them, but not for ever, nor for what another lane is behind with
     deleting  the same of deletes, by their epochs: an add that was submitted before waits for one
@@ -25,6 +27,7 @@ Everything a crash may fall between is one script. Of a user, by hash tag (see `
               r the jobs worked on now   x set while they must not be disturbed
               j token and journal of what is being stored   b until when adds wait for another try
               o the batch that an add waits for which was submitted before, and since when
+              l the place of the first add that has come since the turn began
               k<job> how often it died alone, and the token of the turn that counted last
               v the newest version of the protocol in which something is written here, if it is not
               the first: workers that do not speak it leave the user to others

@@ -85,6 +85,13 @@ local function known(tag, session, again, own_epoch)
   return outcome
 end
 
+-- Says that a worker was here; returns for how long (ms) nobody was.
+local function heard()
+  local last = redis.call('GET', KEYS[4] .. ':heard')
+  redis.call('SET', KEYS[4] .. ':heard', string.format('%d', now))
+  return now - tonumber(last or now)
+end
+
 local function mine(tag, token)
   local last, worker = unpack(redis.call('HMGET', turns .. tag, 't', 'w'))
   return last == token and worker
@@ -152,8 +159,8 @@ for at = 17, #ARGV, 10 do
       answered = true
     else
       local turn = turns .. tag
-      local leased, retry, storing, busy, version = unpack(
-        redis.call('HMGET', turn, 'w', 'b', 'j', 'x', 'v'))
+      local leased, retry, storing, busy, version, late = unpack(
+        redis.call('HMGET', turn, 'w', 'b', 'j', 'x', 'v', 'l'))
       write_as(turn, version, ARGV[16])
       if kind == 'd' and leased and not storing and not busy then
         rest(tag)
@@ -164,6 +171,9 @@ for at = 17, #ARGV, 10 do
       redis.call('HSET', pending .. tag, job, item)
       redis.call('ZADD', waiting .. tag, score, job)
       if kind ~= 'a' then redis.call('HSET', batch, 'g' .. index, 1) end
+      if kind == 'a' and leased and tonumber(score) < tonumber(late or math.huge) then
+        redis.call('HSET', turn, 'l', score)
+      end
       if kind == 'd' then
         if not leased then redis.call('ZADD', slow, now, tag) end
       elseif not leased and (kind == 'i' or not retry or tonumber(retry) <= now) then
@@ -206,6 +216,7 @@ TAKE = (
     + """
 local AGAIN = 2000
 local MOST_LEFT = 1000
+local SILENCE, SPARED = 3000, 4000
 local room, limit, spoken = tonumber(ARGV[12]), tonumber(ARGV[15]), tonumber(ARGV[17])
 local taken, total, left, newest = {}, 0, 0, 0
 
@@ -214,6 +225,14 @@ local function leave(tag, version)
   redis.call('ZADD', slow, now + AGAIN, tag)
   left, newest = left + 1, math.max(newest, version)
 end
+
+-- If nobody was heard for a while, it is Redis that was away: no lease has run out before those who
+-- live could renew theirs.
+local spare = KEYS[4] .. ':spare'
+if heard() > SILENCE then
+  redis.call('SET', spare, string.format('%d', now + SPARED), 'PX', SPARED)
+end
+local spared = tonumber(redis.call('GET', spare) or '0')
 
 local function take(tag, turn, version)
   rest(tag)
@@ -234,6 +253,7 @@ local function take(tag, turn, version)
   else
     local token = redis.call('INCR', KEYS[4])
     redis.call('HSET', turn, 't', token, 'w', ARGV[10])
+    redis.call('HDEL', turn, 'l')
     write_as(turn, version, ARGV[17])
     local wait = math.max(0, tonumber(redis.call('HGET', turn, 'b') or '0') - now)
     if wait == 0 then redis.call('HDEL', turn, 'b') end
@@ -254,8 +274,11 @@ repeat
   local left_before = left
   for _, tag in ipairs(due) do
     if total > limit then break end
-    local version = redis.call('HGET', turns .. tag, 'v')
+    local version, leased = unpack(redis.call('HMGET', turns .. tag, 'v', 'w'))
     if tonumber(version or '1') > spoken then leave(tag, tonumber(version))
+    elseif leased and spared > now then
+      redis.call('ZADD', slow, spared, tag)
+      left = left + 1
     else take(tag, turns .. tag, version) end
   end
 until left == left_before or left > MOST_LEFT or #taken == room or total > limit
@@ -271,7 +294,7 @@ return {next[2] and math.max(0, next[2] - now) or -1, newest, taken}
 BEGIN = (
     _PRELUDE
     + """
-local MOST_LOOKED_AT = 100
+local MOST_LOOKED_AT = 1000
 
 -- The first adds that were submitted, and will be here as soon as a worker has taken them from
 -- their queue: `any`, whom everybody waits for who comes later in the order, and by lane those whom
@@ -280,15 +303,17 @@ local MOST_LOOKED_AT = 100
 -- behind by hours: who is queued there is waited for only while they are new. Of those who are not,
 -- nobody is waited for whose batch is settled, or who did not come while they were waited for.
 local function first_coming(tag, turn)
-  local first = {}
+  local first, batch = {}, {}
   local new = (now - WAIT_FOR_ADD) * 1000
   local awaited, since = string.match(redis.call('HGET', turn, 'o') or '', '^(%S+) (%d+)$')
   local old = redis.call(
     'ZRANGEBYSCORE', coming .. tag, '-inf', '(' .. new, 'WITHSCORES', 'LIMIT', 0, MOST_LOOKED_AT)
   for at = 1, #old, 2 do
     local id = string.match(old[at], '^(.*)%-')
-    local state, lane = unpack(redis.call('HMGET', batches .. id, 's', 'l'))
-    if not state or (id == awaited and now - since > WAIT_FOR_ADD) then
+    batch[id] = batch[id] or redis.call('HMGET', batches .. id, 's', 'l')
+    local state, lane = unpack(batch[id])
+    local given_up = id == awaited and state == 'queued' and now - since > WAIT_FOR_ADD
+    if not state or given_up then
       redis.call('ZREM', coming .. tag, old[at])
     else
       local who = state == 'running' and 'any' or lane
@@ -311,10 +336,13 @@ if ARGV[13] == '0' then
 end
 pause(tag)
 local first, awaited = first_coming(tag, turn)
+local late = tonumber(redis.call('HGET', turn, 'l') or math.huge)
 local waits_for = nil
 
--- Whether an add is not the next of its user, because of one that is on its way.
+-- Whether an add is not the next of its user, because of one that is on its way, or has come since
+-- the turn began.
 local function comes_later(order, lane)
+  if order > late then return true end
   for _, who in ipairs({'any', lane}) do
     if first[who] and order > first[who][1] then
       waits_for = waits_for or first[who][2]
@@ -468,6 +496,7 @@ end
 RENEW = (
     _PRELUDE
     + """
+heard()
 local told = {}
 for at = 11, #ARGV, 2 do
   local tag, token = ARGV[at], ARGV[at + 1]

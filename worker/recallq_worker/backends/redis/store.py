@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Self, TypeVar, cast
@@ -32,6 +31,7 @@ from recallq.redis_client import (
 )
 from recallq_worker.backends.base import Added, Hit, Record
 from recallq_worker.backends.redis import index_scripts, scripts
+from recallq_worker.backends.redis.expiry import Expiry
 from recallq_worker.backends.redis.index import RedisIndex
 from recallq_worker.backends.redis.index_storage import IndexKeys
 from recallq_worker.backends.redis.reader import RedisReader, StaleIndex
@@ -99,14 +99,16 @@ class RedisStore:
         *,
         namespace: str,
         ttl: int | None = None,
+        clock_url: str = "",
         max_messages_per_session: int | None = None,
         connect_timeout: float = 5.0,
         semantic: SemanticSearch[RedisVectorRows] | None = None,
     ) -> None:
-        """Connects to nothing yet. With `semantic`, messages are also found by their meaning."""
+        """Connects to nothing yet. `clock_url` is of the Redis that has the time in order keys, if
+        it is another. With `semantic`, messages are also found by their meaning."""
         self._url = url
         self._keys = Keys(namespace)
-        self._ttl = ttl
+        self._expiry = Expiry(ttl, clock_url or url, connect_timeout)
         self._max_messages = max_messages_per_session
         self._connect_timeout = connect_timeout
         self._semantic = semantic
@@ -132,6 +134,7 @@ class RedisStore:
             settings.store_url,
             namespace=settings.namespace,
             ttl=settings.store_ttl,
+            clock_url=settings.coordination_url,
             max_messages_per_session=settings.max_messages_per_session,
             connect_timeout=settings.connect_timeout,
             semantic=semantic,
@@ -154,6 +157,7 @@ class RedisStore:
             forget=None if self._semantic is None else self._semantic.rows.forget,
         )
         await self._asking(self._redis.script_load(scripts.ADD))  # which tells whether it answers
+        await self._asking(self._expiry.start())
         if self._semantic is not None:
             await self._semantic.start()
 
@@ -163,6 +167,7 @@ class RedisStore:
             await index.stop()
         if self._semantic is not None:
             await self._semantic.stop()
+        await self._expiry.stop()
         redis = getattr(self, "_redis", None)
         if redis is not None:
             await redis.aclose(close_connection_pool=True)
@@ -195,7 +200,7 @@ class RedisStore:
         """All of them in one step."""
         keys: list[str] = []
         args: list[Any] = [
-            (self._ttl or 0) * 1000,
+            (self._expiry.ttl or 0) * 1000,
             self._max_messages or 0,
             self._cutoff(),
             VERSION,
@@ -257,7 +262,7 @@ class RedisStore:
                 self._remembered,
                 base,
                 scope,
-                None if self._ttl is None else int(self._cutoff()),
+                self._expiry.cutoff,
             )
             try:
                 if self._semantic is not None:
@@ -414,10 +419,9 @@ class RedisStore:
         return f"{self._keys.namespace}:m:{self._keys.user_tag(tenant, user_id)}"
 
     def _cutoff(self) -> str:
-        """The lowest order key that has not expired."""
-        if self._ttl is None:
-            return "-inf"
-        return str(int((time.time() - self._ttl) * 1_000_000))
+        """The lowest order key that has not expired, for scripts."""
+        cutoff = self._expiry.cutoff
+        return "-inf" if cutoff is None else str(cutoff)
 
     async def _asking(self, reply: Awaitable[T]) -> T:
         """Awaits Redis, in the errors that backends raise."""
