@@ -124,6 +124,9 @@ class DeadLetterBox:
         """A batch without its adds that a deletion has come after, and the epochs of the others.
         Backends refuse these as well, but do not remember deletions for as long as a letter lies
         here."""
+        if len(epochs) != len(batch.jobs):
+            # Nobody knows how old they are: as old as can be, so that any deletion counts.
+            epochs = [0] * len(batch.jobs)
         left: list[tuple[AnyJob, int]] = []
         async with self._transport.asking("cannot look for deletions"):
             for job, epoch in zip(batch.jobs, epochs, strict=True):
@@ -157,9 +160,6 @@ class DeadLetterBox:
         if isinstance(batch, AddBatch):
             for each in batch.jobs:
                 each.origin = each.origin or each.id
-        if len(letter.epochs) != len(batch.jobs):
-            # Nobody knows how old it is: as old as can be, so that any deletion counts.
-            letter.epochs = [0] * len(batch.jobs)
         return make_batch(
             self._transport.next_batch_id(),
             batch.lane,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -13,7 +15,11 @@ from recallq.contract import Scope
 from recallq.errors import BackendUnavailable, ConfigurationError
 from recallq_worker.backends.base import Record
 from recallq_worker.backends.redis import RedisStore
+from recallq_worker.backends.redis import store as store_module
+from recallq_worker.backends.redis.store import Embeddings
 from recallq_worker.backends.redis.vector_rows import RedisVectorRows
+from recallq_worker.embedding import Embedded, Kind
+from recallq_worker.embedding.base import Refused
 from recallq_worker.reindexing import reindex
 from recallq_worker.search import semantic, upkeep
 from recallq_worker.search.semantic import SemanticSearch
@@ -76,6 +82,11 @@ async def vectors_of(redis_url: str, namespace: str) -> set[str]:
             if key.endswith(":v"):
                 ids.update(each.decode() for each in await redis.hkeys(key))  # type: ignore[union-attr]  # bytes
         return ids
+
+
+def _of_now(text: str, session: str) -> Record:
+    """An add of ann's that has its time to live before it."""
+    return replace(record("ann", text, session=session), order=time.time_ns() // 1000)
 
 
 class TestHybrid(StoreConformance):
@@ -255,6 +266,36 @@ class TestGoing:
                 for key in await vector_keys(redis_url, namespace):
                     assert 3500 < await redis.ttl(key) <= 3600
 
+    async def test_no_vector_outlives_its_time(self, redis_url: str, namespace: str) -> None:
+        """Not after some were removed, nor while another is: the keys go on to expire."""
+        async with opened(redis_url, namespace, ttl=3600) as (store, _):
+            records = [_of_now(f"dog {n}", f"s{n}") for n in range(3)]
+            await store.add(records)
+            await store.index(records, patience=5)
+            await store.delete(Scope("default", "ann", "s1"), before_epoch=1)
+            async with redis_at(redis_url) as redis:
+                lives = [await redis.ttl(key) for key in await vector_keys(redis_url, namespace)]
+            assert len(lives) == 5
+            assert all(3500 < each <= 3600 for each in lives)
+
+    async def test_vectors_stay_when_memories_are_not_to_expire_any_more(
+        self, redis_url: str, namespace: str
+    ) -> None:
+        async with opened(redis_url, namespace, ttl=3600) as (store, _):
+            old = [_of_now(f"dog {n}", f"s{n}") for n in range(3)]
+            await store.add(old)
+            await store.index(old, patience=5)
+        async with opened(redis_url, namespace) as (store, _):
+            new = [_of_now("dog", "new")]
+            await store.add(new)
+            await store.index(new, patience=5)
+            async with redis_at(redis_url) as redis:
+                keys = [key async for key in redis.scan_iter(f"{namespace}:m*ann*")]
+                lives = {key: await redis.ttl(key) for key in keys}
+            assert sum(b":g:" in key for key in keys) == 4
+            assert {key for key, life in lives.items() if life >= 0} == set()
+            assert len(await found(store, "ann", "hound")) == 4
+
 
 class TestSettingUp:
     async def test_vectors_of_another_size_are_refused_at_the_start(
@@ -289,6 +330,61 @@ class TestSettingUp:
         assert len(await found(store, "bob/x", "hound")) == 3
         assert "by meaning" in (await store.health()).detail
         await store.stop()
+
+    async def test_reindexing_goes_past_what_the_model_refuses(
+        self, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with opened(redis_url, namespace) as (store, model):
+            for n in range(5):
+                await store.add([record(f"user-{n}", text) for text in ("dog", f"word {n}")])
+            refuse = "word 2"
+            embed = model.embed
+
+            async def pick(texts: Sequence[str], kind: Kind) -> Embedded:
+                if any(refuse in text for text in texts):
+                    raise Refused("it will not take that")
+                return await embed(texts, kind)
+
+            monkeypatch.setattr(model, "embed", pick)
+            done = [await store.embed(store._base("default", f"user-{n}")) for n in range(5)]
+        assert done == [Embeddings(2 - (n == 2), int(n == 2)) for n in range(5)]
+
+    async def test_reindexing_passes_over_nobody_because_others_are_deleted(
+        self, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store_module, "_EMBEDDED_TOGETHER", 50)
+        async with opened(redis_url, namespace) as (store, _):
+            for n in range(6):  # of one order key are more than a page
+                session = "old" if n < 2 else "new"
+                await store.add([record("ann", f"dog {n}.{m}", session=session) for m in range(20)])
+            same = record("ann", "hound").order
+            await store.add(
+                [
+                    replace(record("ann", f"hound {m}", session="new"), order=same)
+                    for m in range(120)
+                ]
+            )
+            assert store._semantic is not None
+            index, rounds = store._semantic.index, 0
+
+            async def index_and_delete(*args: Any) -> Any:
+                nonlocal rounds
+                rounds += 1
+                outcomes = await index(*args)
+                if rounds == 1:
+                    await store.delete(Scope("default", "ann", "old"), before_epoch=1)
+                return outcomes
+
+            monkeypatch.setattr(store._semantic, "index", index_and_delete)
+            done = await store.embed(store._base("default", "ann"))
+            assert done is not None
+            left = {
+                each.record_id
+                for each in await store.list(Scope("default", "ann"), offset=0, limit=999)
+            }
+            assert len(left) == 200
+        assert left <= await vectors_of(redis_url, namespace)
+        assert 200 <= done.embedded <= 240
 
     async def test_a_model_that_is_not_set_up(
         self, redis_url: str, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -121,6 +122,30 @@ class TestRedisStore(FindsWords):
             await store.add([_at(user, "newest", now)])
             listed = await store.list(Scope("default", user), offset=0, limit=9)
             assert texts(listed) == ["fresh", "newest"]
+
+    async def test_sessions_live_as_long_as_their_messages_when_the_ttl_is_another(
+        self, redis_url: str, namespace: str, user: str
+    ) -> None:
+        """Else they could be neither listed nor deleted, and searches would find them."""
+        scope = Scope("default", user, "early")
+        async with opened(RedisStore(redis_url, namespace=namespace, ttl=2)) as store:
+            await store.add([_at(user, "tea", await _now(redis_url), "early")])
+        async with opened(RedisStore(redis_url, namespace=namespace, ttl=3600)) as store:
+            await store.add([_at(user, "coffee", await _now(redis_url), "late")])
+            await asyncio.sleep(2.2)
+            assert texts(await store.list(scope, offset=0, limit=9)) == ["tea"]
+            assert await store.delete(scope, before_epoch=1) == 1
+            await store.add([_at(user, "milk", await _now(redis_url), "early")])
+        async with opened(RedisStore(redis_url, namespace=namespace)) as store:
+            await store.add([_at(user, "juice", await _now(redis_url), "late")])
+        async with opened(RedisStore(redis_url, namespace=namespace, ttl=1)) as store:
+            await store.add([_at(user, "water", await _now(redis_url), "late")])
+
+            async def gone() -> bool:
+                left = await keys_of(redis_url, namespace)
+                return all(key.endswith(":f") for key in left)  # the fence of the delete
+
+            await eventually(gone)
 
     async def test_with_a_ttl_a_silent_user_vanishes(
         self, redis_url: str, namespace: str, user: str

@@ -573,6 +573,44 @@ def test_limits_of_requests_and_tokens_a_minute() -> None:
     run_virtually(main())
 
 
+def test_long_texts_within_a_limit_of_tokens_do_not_shut_anybody_out() -> None:
+    async def main() -> None:
+        embedder = FakeEmbedder(latency=0.01, most_texts=100)
+        async with batching(embedder, tpm=60_000) as batcher:
+            documents = asyncio.create_task(
+                batcher.embed(["x" * 2995 + f"{n:05}" for n in range(100)])
+            )
+            for _ in range(20):
+                await asyncio.sleep(1)
+                began = now()
+                await batcher.embed([f"query {began}"], Kind.QUERY)
+                assert now() - began < 15
+            documents.cancel()
+            await asyncio.gather(documents, return_exceptions=True)
+        assert max(sum(map(len, each.texts)) for each in embedder.requests) <= 30_000
+
+    run_virtually(main())
+
+
+def test_a_provider_is_asked_again_however_long_it_has_said_to_wait() -> None:
+    async def main() -> None:
+        embedder = FakeEmbedder()
+        async with batching(embedder) as batcher:
+            embedder.fate = failing(Throttled("HTTP 503", retry_after=86_400.0), times=1)
+            with pytest.raises(BackendUnavailable) as refused:
+                await batcher.embed(["one"])
+            assert refused.value.retry_after is not None
+            assert refused.value.retry_after >= 86_400
+            with pytest.raises(BackendUnavailable):
+                await batcher.embed(["two"])
+            assert len(embedder.requests) == 1
+            await asyncio.sleep(1000)
+            assert_right(await batcher.embed(["two"]), ["two"])
+            await batcher.check()
+
+    run_virtually(main())
+
+
 # --- leaving --------------------------------------------------------------------------------------
 
 

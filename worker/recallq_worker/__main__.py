@@ -127,6 +127,11 @@ def _reindex(user: str | None, tenant: str | None, *, everything: bool, as_json:
     )
     if settings.search_strategy != "keyword":
         print(f"embedded {done.embedded:,} messages that had no vector")
+    if done.refused:
+        print(
+            f"{done.refused:,} messages have no vector, for the embedding model will not take "
+            "them; they are found by their words"
+        )
     if done.skipped:
         print(
             f"{done.skipped:,} users have ids of more than 200 characters; their older messages "

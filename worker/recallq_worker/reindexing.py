@@ -7,13 +7,20 @@ With a search strategy that needs vectors, messages that have none get theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TypeVar
 
 from recallq.contract import Scope
-from recallq.errors import ConfigurationError
+from recallq.errors import BackendUnavailable, ConfigurationError
 from recallq_worker.backends.redis import RedisStore
+from recallq_worker.retries import RetryPolicy
 from recallq_worker.settings import WorkerSettings
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -27,6 +34,8 @@ class Reindexed:
     """In indexes that were rebuilt."""
     embedded: int = 0
     """Messages that got a vector."""
+    refused: int = 0
+    """Messages that the embedding model will not take: they are found by their words."""
     skipped: int = 0
     """Users whose messages get none here, since their ids are too long to be told from their keys:
     they get theirs as they are added."""
@@ -54,19 +63,36 @@ async def reindex(
             f"is the {RedisStore.name} backend's"
         )
     store = RedisStore.from_settings(settings)
+    retries = RetryPolicy(settings.retry_attempts, settings.retry_base, settings.retry_cap)
+
+    async def patiently(work: Callable[[], Awaitable[T]]) -> T:
+        """What is unavailable for a while does not end it: others wait behind this user."""
+        for attempt in itertools.count(1):
+            try:
+                return await work()
+            except BackendUnavailable as error:
+                wait = retries.wait(error, attempt, left=None)
+                if wait is None:
+                    raise
+                await asyncio.sleep(wait)
+        raise AssertionError("unreachable")
+
     done = Reindexed()
     try:
         await store.start()
         async for base in store.users(user):
-            messages = await store.reindex(base, anyway=everything)
+            messages = await patiently(partial(store.reindex, base, anyway=everything))
             done.users += 1
             if messages is not None:
                 done.rebuilt += 1
                 done.messages += messages
             if store.indexes:
-                embedded = await store.embed(base)
-                done.embedded += embedded or 0
-                done.skipped += embedded is None
+                found = await patiently(partial(store.embed, base))
+                if found is None:
+                    done.skipped += 1
+                else:
+                    done.embedded += found.embedded
+                    done.refused += found.refused
             advance(done)
     finally:
         await store.stop()

@@ -67,12 +67,14 @@ class Dispatcher:
         self._patience = patience
         self._at_once = min(at_once, embedder.most_at_once or at_once)
         self._doing = f"embedding with {embedder.model}"
+        bounds = [embedder.most_request_tokens, limiter.most_tokens]
+        most_tokens = min((each for each in bounds if each is not None), default=None)
         self._lanes = {
             # In this order.
             kind: Lane(
                 kind,
                 most_texts=embedder.most_texts,
-                most_tokens=embedder.most_request_tokens,
+                most_tokens=most_tokens,
                 linger=linger,
             )
             for kind in (Kind.QUERY, Kind.DOCUMENT)
@@ -228,6 +230,8 @@ class Dispatcher:
             if now + wait - batch.first_sent <= self._patience:
                 lane.again(batch, now + wait)
                 return
+            # Whoever was told so keeps to what was named.
+            wait = max(wait, error.retry_after or 0.0)
             error = BackendUnavailable(str(error), retry_after=wait)
         else:
             batch.tries += 1

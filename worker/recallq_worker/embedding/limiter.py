@@ -19,6 +19,12 @@ from collections.abc import Callable
 _FIRST_PAUSE = 1.0
 """Seconds to wait when a provider first says that it is too much, and names no time."""
 _LONGEST_PAUSE = 30.0
+_LONGEST_NAMED = 900.0
+"""Seconds of a wait that a provider names after which it is asked again all the same: it may have
+meant that request only, or be mistaken, and nothing else would find out."""
+_SHARE = 5.0
+"""Seconds whose tokens one request may take, of those that are allowed a minute: for so long
+everything else waits behind it."""
 _CEILING = 256.0
 """Requests at once that are never learnt to be too many."""
 _GAIN = 0.25
@@ -65,6 +71,11 @@ class RateLimiter:
             self._requests = Pace(rpm)
         if tpm is not None and (self._tokens is None or self._tokens.per_minute != tpm):
             self._tokens = Pace(tpm)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens that one request should not go beyond; None if nothing is known against more."""
+        return None if self._tokens is None else int(self._tokens.per_minute / 60 * _SHARE)
 
     # --- asking ---------------------------------------------------------------------------------
 
@@ -120,7 +131,7 @@ class RateLimiter:
         if retry_after is not None:
             # Not all processes at the same moment.
             late = random.uniform(0.0, min(1.0, 0.05 * retry_after))  # noqa: S311
-            self._pause_until(now + retry_after + late)
+            self._pause_until(now + min(retry_after, _LONGEST_NAMED) + late)
 
     def _pause_until(self, until: float) -> None:
         self._paused_until = max(self._paused_until, until)

@@ -49,15 +49,16 @@ local function leave(prefix, ids, values)
   if redis.call('EXISTS', order_key) == 0 then
     redis.call('DEL', version_key)
   else
-    redis.call('SET', version_key, next_version())
+    redis.call('SET', version_key, next_version(), 'KEEPTTL')
   end
 end
 """
 
 # KEYS: rows, vectors, order, changes, version, the owner's fence, then for each group touched its
 #       sorted set and its fence.
-# ARGV: prefix of group keys, number of groups, the suffix of each, then for each row: number of its
-#       group, row id, order key, epoch, group and payload as two lines, vector.
+# ARGV: prefix of group keys, TTL (ms, 0 for none), number of groups, the suffix of each, then for
+#       each row: number of its group, row id, order key, epoch, group and payload as two lines,
+#       vector.
 # A row that exists is overwritten, and keeps the later of both epochs: a delete between them spares
 # it. Doing it again changes nothing.
 # Returns a letter for each row, as one string: new, known or fenced.
@@ -67,14 +68,14 @@ local version_key = KEYS[5]
 """
     + _NEXT_VERSION
     + """
-local prefix, count = ARGV[1], tonumber(ARGV[2])
+local prefix, ttl, count = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local fence = tonumber(redis.call('GET', KEYS[6]) or '0')
 local fences = {}
 for i = 1, count do
   fences[i] = math.max(fence, tonumber(redis.call('GET', KEYS[6 + 2 * i]) or '0'))
 end
 local stored, version = {}, nil
-for at = 3 + count, #ARGV, 6 do
+for at = 4 + count, #ARGV, 6 do
   local i, id, order, epoch = tonumber(ARGV[at]), ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   local flag = 'f'
   if tonumber(epoch) >= fences[i] and redis.call('SISMEMBER', KEYS[#KEYS], id) == 0 then
@@ -82,9 +83,9 @@ for at = 3 + count, #ARGV, 6 do
       -- Each row has a version of its own, so that changes can be read in portions. The last of
       -- them first: should a command be refused, nothing has changed behind a version's back.
       version = next_version()
-      redis.call('SET', version_key, version + (#ARGV - at + 1) / 6 - 1)
+      redis.call('SET', version_key, version + (#ARGV - at + 1) / 6 - 1, 'KEEPTTL')
     end
-    local suffix = ARGV[2 + i]
+    local suffix = ARGV[3 + i]
     local known = redis.call('HGET', KEYS[1], id)
     flag = 'n'
     if known then
@@ -103,6 +104,17 @@ for at = 3 + count, #ARGV, 6 do
   end
   stored[#stored + 1] = flag
 end
+if version and ttl > 0 then
+  for i = 1, 5 do redis.call('PEXPIRE', KEYS[i], ttl) end
+  for i = 1, count do redis.call('PEXPIRE', KEYS[5 + 2 * i], ttl) end
+elseif version and redis.call('PTTL', KEYS[3]) >= 0 then
+  -- They were to expire, and shall no more.
+  for i = 1, 5 do redis.call('PERSIST', KEYS[i]) end
+  for _, value in ipairs(redis.call('HVALS', KEYS[1])) do
+    local suffix = string.match(value, '^%d+ %-?%d+ (%S*)\\n')
+    if suffix then redis.call('PERSIST', prefix .. suffix) end
+  end
+end
 return table.concat(stored)
 """
 )
@@ -119,7 +131,7 @@ local id, payload, vector = ARGV[1], ARGV[2], ARGV[3]
 local value = redis.call('HGET', KEYS[1], id)
 if not value then return 0 end
 local version = next_version()
-redis.call('SET', version_key, version)
+redis.call('SET', version_key, version, 'KEEPTTL')
 redis.call('ZADD', KEYS[3], version, id)
 if vector ~= '' then redis.call('HSET', KEYS[2], id, vector) end
 if payload ~= '' then

@@ -171,8 +171,11 @@ class RedisVectors:
 
     # --- write ----------------------------------------------------------------------------------
 
-    def upsert(self, owner: str, rows: Sequence[Row], vectors: Iterable[Vector]) -> list[Added]:
-        """Stores rows, each with its vector; says what became of each.
+    def upsert(
+        self, owner: str, rows: Sequence[Row], vectors: Iterable[Vector], *, ttl: int | None = None
+    ) -> list[Added]:
+        """Stores rows, each with its vector; says what became of each. With `ttl`, all that is the
+        owner's, in these groups, vanishes in so many seconds.
 
         A row whose id is stored already is overwritten, but keeps the later of both epochs: a
         delete between them leaves it. One whose epoch is below a fence is not stored. All or some
@@ -188,7 +191,7 @@ class RedisVectors:
             portion = encoded[start : start + _WRITE_CHUNK]
             groups = {row.group: 0 for row, _ in portion}
             keys = [*_keys(base, "rvocn"), f"{base}:f"]
-            args: list[Any] = [f"{base}:g:", len(groups)]
+            args: list[Any] = [f"{base}:g:", (ttl or 0) * 1000, len(groups)]
             for number, group in enumerate(groups, start=1):
                 groups[group] = number
                 suffix = escaped(group)
@@ -218,15 +221,6 @@ class RedisVectors:
             b"" if vector is None else self._encoded(vector),
         ]
         return bool(self._call(self._update, keys, args))
-
-    def expire(self, owner: str, groups: Iterable[str], seconds: int) -> None:
-        """Lets all that is the owner's, in these groups, vanish in so many seconds."""
-        base = self._base(owner)
-        keys = _keys(base, "rvocn") + [f"{base}:g:{escaped(group)}" for group in groups]
-        with asking(self._url), self._redis.pipeline(transaction=True) as pipe:
-            for key in keys:
-                pipe.expire(key, seconds)
-            pipe.execute()
 
     def remove(self, owner: str, ids: Sequence[str]) -> int:
         """Removes rows by their ids, and says how many there were."""

@@ -15,7 +15,7 @@ And what searches go by (see `index`):
   index     hash: ``v`` version, ``w`` version that is being made, ``g`` generation, which every
             delete and every change of the segments raises, ``n`` the newest record, ``c`` messages
             in segments, ``d`` those of them that are gone, ``s<name>`` -> a segment's description,
-            ``p<name>``: one that is being written
+            ``p<name>``: one that is being written, ``t`` how long (ms) all this was to live last
   entries   hash: record id -> entry, of those that are in no segment; empty until somebody searches
   gone      hash: record id -> session id, of those that were removed since segments were cleaned
   segment   hash: see `recallq_worker.search.segments`; the prefix and the segment's name
@@ -108,7 +108,7 @@ local function add_all_of_a_user()
   end
 
   local newest_id, newest_place = unpack(redis.call('ZRANGE', order, -1, -1, 'WITHSCORES'))
-  local known = redis.call('HMGET', index, 'v', 'n', 'c')
+  local known = redis.call('HMGET', index, 'v', 'n', 'c', 't')
   local of_use, indexed = known[1] == version and known[2] == newest_id, known[3]
   local removed = 0
   if not newest_id then
@@ -218,18 +218,21 @@ local function add_all_of_a_user()
   end
   if of_use and (moved or next(touched)) then redis.call('HSET', index, 'n', newest_id) end
   if next(touched) then
-    -- Another worker, or this one before, may have been told to let memories expire.
     local all = {}
     if ttl > 0 or redis.call('PTTL', order) >= 0 then
-      for i in pairs(touched) do all[#all + 1] = KEYS[places + i] end
       for _, each in ipairs({records, order, sessions, index, entries, gone}) do
         all[#all + 1] = each
       end
-      if ttl == 0 then
-        -- The sets of the other sessions go on living, too, with what is in them.
+      if ttl > 0 and known[4] == ARGV[1] then
+        for i in pairs(touched) do all[#all + 1] = KEYS[places + i] end
+      else
+        -- Another worker, or this one before, was told of another time, or of none: the sets of the
+        -- other sessions live as long as what is in them, too.
         for _, suffix in ipairs(redis.call('HVALS', sessions)) do
           all[#all + 1] = prefix .. suffix
         end
+        if ttl == 0 then redis.call('HDEL', index, 't')
+        elseif redis.call('EXISTS', index) == 1 then redis.call('HSET', index, 't', ARGV[1]) end
       end
       for _, field in ipairs(redis.call('HKEYS', index)) do
         local name = string.match(field, '^s(.+)$')

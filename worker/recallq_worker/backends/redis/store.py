@@ -11,9 +11,11 @@ out little by little, and a user who is silent for that long vanishes as a whole
 from __future__ import annotations
 
 import asyncio
+import builtins
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -40,6 +42,7 @@ from recallq_worker.backends.redis.together import Together
 from recallq_worker.backends.redis.values import to_record, to_value
 from recallq_worker.backends.redis.vector_rows import RedisVectorRows
 from recallq_worker.embedding import make_document_embedder
+from recallq_worker.embedding.base import Refused
 from recallq_worker.search.entries import VERSION, DamagedIndex
 from recallq_worker.search.finder import Moved, Wanted, find
 from recallq_worker.search.semantic import SemanticSearch
@@ -61,6 +64,15 @@ _ADDED_TOGETHER = 100
 """Records, about, that one step adds: Redis does nothing else meanwhile."""
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Embeddings:
+    """What came of giving a user's messages vectors."""
+
+    embedded: int = 0
+    refused: int = 0
+    """Messages that the model will not take."""
 
 
 class _UserAdd:
@@ -278,12 +290,18 @@ class RedisStore:
         raise BackendUnavailable("the search index changes too fast to be read")
 
     async def list(self, scope: Scope, *, offset: int, limit: int) -> list[Record]:
+        return await self._page_from(scope, self._cutoff(), offset, limit)
+
+    async def _page_from(
+        self, scope: Scope, lowest: str, offset: int, limit: int
+    ) -> builtins.list[Record]:
+        """A page of the records from the order key `lowest` on."""
         base = self._base(scope.tenant, scope.user_id)
         order = f"{base}:o"
         if scope.session_id is not None:
             order = f"{base}:s:{escape(scope.session_id)}"
         ids, values = await self._together.call(
-            self._page, [f"{base}:r", order], [self._cutoff(), offset, limit]
+            self._page, [f"{base}:r", order], [lowest, offset, limit]
         )
         found = (
             to_record(record_id, value, scope) for record_id, value in zip(ids, values, strict=True)
@@ -376,7 +394,7 @@ class RedisStore:
             return None
         return await self._index.rebuild(base, anyway=True)
 
-    async def embed(self, base: str) -> int | None:
+    async def embed(self, base: str) -> Embeddings | None:
         """Gives a user's messages vectors where they have none, and says how many; None if it
         cannot be told whose they are.
 
@@ -388,16 +406,30 @@ class RedisStore:
         if tenant is None or user_id is None:
             return None
         scope = Scope(tenant, user_id)
-        embedded = offset = 0
-        while records := await self.list(scope, offset=offset, limit=_EMBEDDED_TOGETHER):
-            offset += len(records)
-            before = await self._semantic.rows.epochs(scope, [each.record_id for each in records])
+        done = Embeddings()
+        async for records in self._all_of(scope):
+            ids = [each.record_id for each in records]
+            before = await self._semantic.rows.epochs(scope, ids)
             for error in await self._semantic.index(records, self._stored):
-                if error is not None:
+                if isinstance(error, Refused):
+                    done.refused += 1
+                elif error is not None:
                     raise error
-            after = await self._semantic.rows.epochs(scope, [each.record_id for each in records])
-            embedded += len(after) - len(before)
-        return embedded
+            after = await self._semantic.rows.epochs(scope, ids)
+            done.embedded += len(after.keys() - before.keys())
+        return done
+
+    async def _all_of(self, scope: Scope) -> AsyncIterator[builtins.list[Record]]:
+        """A user's records, in order; by order key, so that none is passed over because others are
+        removed meanwhile."""
+        lowest, offset = self._cutoff(), 0
+        while records := await self._page_from(scope, lowest, offset, _EMBEDDED_TOGETHER):
+            yield records
+            last = records[-1].order
+            # Those of one order key, a job's messages, may be more than a page.
+            same = sum(each.order == last for each in records)
+            offset = same + (offset if str(last) == lowest else 0)
+            lowest = str(last)
 
     async def settled(self) -> None:
         """Returns once nothing is being done to the indexes here: for tests and benchmarks."""

@@ -56,10 +56,7 @@ class RedisVectorRows:
             Row(each.record_id, {}, each.order, each.epoch, each.scope.session_id or "")
             for each in records
         ]
-        await asyncio.to_thread(self._vectors.upsert, owner, rows, vectors)
-        if self._ttl is not None:
-            groups = {row.group for row in rows}
-            await asyncio.to_thread(self._vectors.expire, owner, groups, self._ttl)
+        await asyncio.to_thread(self._vectors.upsert, owner, rows, vectors, ttl=self._ttl)
 
     async def remove(self, scope: Scope, ids: Iterable[str]) -> None:
         await asyncio.to_thread(self._vectors.remove, self._owner(scope), list(ids))
