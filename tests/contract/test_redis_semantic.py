@@ -266,6 +266,39 @@ class TestGoing:
                 for key in await vector_keys(redis_url, namespace):
                     assert 3500 < await redis.ttl(key) <= 3600
 
+    @pytest.mark.parametrize("call", ["epochs", "remove"])
+    async def test_who_was_frozen_removes_nothing_that_was_added_since(
+        self, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        """Embedded under the same id, by another worker, between two steps of the first one's."""
+        async with (
+            opened(redis_url, namespace) as (slow, _),
+            opened(redis_url, namespace) as (
+                quick,
+                _,
+            ),
+        ):
+            first = record("ann", "dog", record_id="dog", epoch=1)
+            again = replace(first, epoch=3)
+            await slow.add([first])
+            await slow.index([first], patience=5)
+            assert slow._semantic is not None
+            rows = slow._semantic.rows
+            step = getattr(rows, call)
+
+            async def freeze(*args: Any) -> Any:
+                monkeypatch.setattr(rows, call, step)
+                await quick.add([again])
+                assert await quick.index([again], patience=5) == [None]
+                return await step(*args)
+
+            monkeypatch.setattr(rows, call, freeze)
+            async with redis_at(redis_url) as redis:  # swept out, and its vector not yet
+                base = f"{namespace}:m:{{default/ann}}"
+                await redis.delete(*[key async for key in redis.scan_iter(f"{base}:*")])
+            assert await slow.index([first], patience=5) == [None]
+            assert await found(quick, "ann", "hound") == ["dog"]
+
     async def test_no_vector_outlives_its_time(self, redis_url: str, namespace: str) -> None:
         """Not after some were removed, nor while another is: the keys go on to expire."""
         async with opened(redis_url, namespace, ttl=3600) as (store, _):

@@ -47,11 +47,12 @@ class MemoryVectorRows:
         replica.put([each.record_id.encode() for each in records], heads, values)
         self._epochs.setdefault(user, {}).update((each.record_id, each) for each in records)
 
-    async def remove(self, scope: Scope, ids: Iterable[str]) -> None:
-        self.drop(scope, ids)
+    async def remove(self, scope: Scope, up_to: Mapping[str, int]) -> None:
+        known = await self.epochs(scope, list(up_to))
+        self.drop(scope, [each for each, epoch in known.items() if epoch <= up_to[each]])
 
     def drop(self, scope: Scope, ids: Iterable[str]) -> None:
-        """The same, at once."""
+        """Removes them, at once."""
         user = _user(scope)
         gone = list(ids)
         if user in self._replicas:
@@ -61,7 +62,7 @@ class MemoryVectorRows:
 
     async def delete(self, scope: Scope, before_epoch: int) -> None:
         known = self._epochs.get(_user(scope), {})
-        await self.remove(
+        self.drop(
             scope,
             [
                 record_id

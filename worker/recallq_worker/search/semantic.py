@@ -58,7 +58,9 @@ class VectorRows(Protocol):
         """Stores vectors of one user's records, but for those that a delete has fenced off."""
         ...
 
-    async def remove(self, scope: Scope, ids: Iterable[str]) -> None: ...
+    async def remove(self, scope: Scope, up_to: Mapping[str, int]) -> None:
+        """Removes those whose epoch is no higher than that."""
+        ...
 
     async def delete(self, scope: Scope, before_epoch: int) -> None:
         """Removes those with a lower epoch, for good."""
@@ -117,8 +119,11 @@ class SemanticSearch(Generic[Rows]):
             # One that was removed meanwhile, by its age say, has left nobody who would remove this.
             ids = [record.record_id for record, _ in pairs]
             there = await stored(user, ids)
-            gone = [record_id for record_id in ids if record_id not in there]
-            if gone:
+            if gone := {
+                record.record_id: record.epoch
+                for record, _ in pairs
+                if record.record_id not in there
+            }:
                 await self.rows.remove(user, gone)
         return [
             failed.get((Scope(each.scope.tenant, each.scope.user_id, None), each.record_id))
@@ -128,9 +133,10 @@ class SemanticSearch(Generic[Rows]):
     async def _without(self, user: Scope, ids: Sequence[str], stored: Stored) -> list[Record]:
         """Records of a user that have text and no vector, or one of an earlier epoch than theirs,
         which a delete may remove."""
-        there = await stored(user, list(dict.fromkeys(ids)))
+        # In this order: what had a vector, and is gone afterwards.
         epochs = await self.rows.epochs(user, list(dict.fromkeys(ids)))
-        if lost := epochs.keys() - there.keys():
+        there = await stored(user, list(dict.fromkeys(ids)))
+        if lost := {each: epoch for each, epoch in epochs.items() if each not in there}:
             await self.rows.remove(user, lost)  # who embedded them died before they were gone
         return [
             record

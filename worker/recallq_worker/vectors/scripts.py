@@ -146,17 +146,20 @@ _KEYS_OF_A_REMOVAL = """
 local rows_key, vectors_key, order_key, changes_key, version_key = unpack(KEYS, 1, 5)
 """
 
-# KEYS: rows, vectors, order, changes, version. ARGV: prefix of group keys, then row ids.
+# KEYS: rows, vectors, order, changes, version. ARGV: prefix of group keys, number of rows, their
+#       ids, then, unless they all go, of each the highest epoch with which it does.
 # Returns how many there were.
 REMOVE = (
     _KEYS_OF_A_REMOVAL
     + _NEXT_VERSION
     + _LEAVE
     + """
-local ids, found = {unpack(ARGV, 2)}, {}
+local count, found = tonumber(ARGV[2]), {}
+local ids = {unpack(ARGV, 3, 2 + count)}
 local values, there = redis.call('HMGET', KEYS[1], unpack(ids)), {}
 for i, value in ipairs(values) do
-  if value then
+  local most = tonumber(ARGV[2 + count + i] or math.huge)
+  if value and tonumber(string.match(value, '^%d+') or '0') <= most then
     found[#found + 1] = ids[i]
     there[#there + 1] = value
   end

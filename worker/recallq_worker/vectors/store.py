@@ -222,12 +222,16 @@ class RedisVectors:
         ]
         return bool(self._call(self._update, keys, args))
 
-    def remove(self, owner: str, ids: Sequence[str]) -> int:
-        """Removes rows by their ids, and says how many there were."""
+    def remove(self, owner: str, ids: Sequence[str], up_to: Mapping[str, int] | None = None) -> int:
+        """Removes rows by their ids, and says how many there were; with `up_to`, only those whose
+        epoch is no higher than that: who was stored anew since stays."""
         base = self._base(owner)
         removed = 0
-        for portion in _portions([*dict.fromkeys(map(to_bytes, ids))], _DELETE_CHUNK):
-            removed += int(self._call(self._remove, _keys(base, "rvocn"), [f"{base}:g:", *portion]))
+        for portion in _portions([*dict.fromkeys(ids)], _DELETE_CHUNK):
+            args: list[Any] = [f"{base}:g:", len(portion), *map(to_bytes, portion)]
+            if up_to is not None:
+                args += [up_to[row_id] for row_id in portion]
+            removed += int(self._call(self._remove, _keys(base, "rvocn"), args))
         return removed
 
     def ban(self, owner: str, ids: Sequence[str]) -> None:

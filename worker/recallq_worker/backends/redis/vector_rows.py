@@ -7,7 +7,7 @@ nobody. They fence deletes by themselves, so a vector that comes late is not sto
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from recallq.contract import Scope
 from recallq.keys import Keys
@@ -58,8 +58,8 @@ class RedisVectorRows:
         ]
         await asyncio.to_thread(self._vectors.upsert, owner, rows, vectors, ttl=self._ttl)
 
-    async def remove(self, scope: Scope, ids: Iterable[str]) -> None:
-        await asyncio.to_thread(self._vectors.remove, self._owner(scope), list(ids))
+    async def remove(self, scope: Scope, up_to: Mapping[str, int]) -> None:
+        await asyncio.to_thread(self._vectors.remove, self._owner(scope), list(up_to), up_to)
 
     async def forget(self, base: str, ids: Sequence[str]) -> None:
         """Removes rows of a user who is known by the beginning of the user's keys."""
