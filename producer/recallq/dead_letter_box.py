@@ -81,8 +81,9 @@ class DeadLetterBox:
 
         A process that dies in between leaves a letter whose job runs: replaying it once more does
         no harm. `unsigned`: also what may be anybody's, for workers found no good signature. It is
-        signed by this, so whoever replays it vouches for it. Raises `UnknownJob`, `QueueFull`, and
-        `InvalidInput` for what cannot be read, or is not signed.
+        signed by this, so whoever replays it vouches for it. Raises `UnknownJob`, also for what has
+        been deleted since, `QueueFull`, and `InvalidInput` for what cannot be read, or is not
+        signed.
         """
         if isinstance(letter, str):
             letter = await self.get(letter)
