@@ -23,7 +23,8 @@ def lacking(what: str) -> NoReturn:
     """Ends a test for want of something."""
     if _REQUIRED:
         pytest.fail(f"{what} ({REQUIRED} is set)")
-    pytest.skip(what)
+    # What the test is about cannot be had on this machine, which says nothing about RecallQ.
+    pytest.skip(reason=f"not to be had on this machine: {what}")
 
 
 def program(name: str, why: str) -> None:

@@ -271,13 +271,8 @@ class TestGoing:
         self, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, call: str
     ) -> None:
         """Embedded under the same id, by another worker, between two steps of the first one's."""
-        async with (
-            opened(redis_url, namespace) as (slow, _),
-            opened(redis_url, namespace) as (
-                quick,
-                _,
-            ),
-        ):
+        async with opened(redis_url, namespace) as opened_one, opened(redis_url, namespace) as two:
+            slow, quick = opened_one[0], two[0]
             first = record("ann", "dog", record_id="dog", epoch=1)
             again = replace(first, epoch=3)
             await slow.add([first])
@@ -363,6 +358,34 @@ class TestSettingUp:
         assert len(await found(store, "bob/x", "hound")) == 3
         assert "by meaning" in (await store.health()).detail
         await store.stop()
+
+    async def test_reindexing_waits_for_what_is_away_for_a_moment_and_not_for_a_day(
+        self, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = RedisStore(redis_url, namespace=namespace)
+        await store.start()
+        for user in ("ann", "bob"):
+            await store.add([record(user, "dog")])
+        await store.stop()
+        monkeypatch.setenv("RECALLQ_EMBEDDING_CALLABLE", "tests.plugins.word_vectors:embed")
+        monkeypatch.setenv("RECALLQ_EMBEDDING_DIMENSIONS", str(DIMENSIONS))
+        settings = WorkerSettings.load(
+            redis_url=redis_url, namespace=namespace, search_strategy="hybrid", retry_base=0.1
+        )
+        embed, trouble = RedisStore.embed, [BackendUnavailable("away", retry_after=0.2)]
+
+        async def embed_or_not(store: RedisStore, base: str) -> Embeddings | None:
+            if trouble:
+                raise trouble.pop()
+            return await embed(store, base)
+
+        monkeypatch.setattr(RedisStore, "embed", embed_or_not)
+        done = await reindex(settings)
+        assert (done.users, done.embedded) == (2, 2)
+        trouble.append(BackendUnavailable("no more today", retry_after=80_000))
+        async with asyncio.timeout(10):
+            with pytest.raises(BackendUnavailable, match="no more today"):
+                await reindex(settings)
 
     async def test_reindexing_goes_past_what_the_model_refuses(
         self, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch

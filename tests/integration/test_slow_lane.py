@@ -96,6 +96,11 @@ async def parked(client: MemoryClient, user: str, count: int) -> None:
         await eventually(there)
 
 
+def place(client: MemoryClient, age: int) -> int:
+    """The place of what is submitted so many seconds ago."""
+    return client.next_order() - age * 1_000_000
+
+
 async def release(client: MemoryClient) -> None:
     """Lets go on what lasts ``until released``."""
     async with redis_at(client.settings.redis_url) as redis:
@@ -265,22 +270,18 @@ class TestSideBySide:
         said = [text for each in await extractions(client) for text in each["texts"]]
         assert said == ["zero", "one", "two"]
 
-    @staticmethod
-    def place(client: MemoryClient, age: int) -> int:
-        return client.next_order() - age * 1_000_000
-
     @pytest.mark.parametrize("age", [0, 3600], ids=["new", "long queued"])
     async def test_it_is_waited_for_by_workers_who_were_not_there_when_it_was_submitted(
         self, client: MemoryClient, namespace: str, start_worker: StartWorker, age: int
     ) -> None:
         """And however long ago that was: the whole lane may be behind."""
-        first = await client.submit_add("ann", "one", order=self.place(client, age))
+        first = await client.submit_add("ann", "one", order=place(client, age))
         async with redis_at(client.settings.redis_url) as redis:
             message = await redis.rpop(f"{namespace}.live")  # another worker has it, say
             keys = client.transport.keys
             coming = keys.coming(keys.user_tag("default", "ann"))
             assert await redis.ttl(coming) > 7 * 24 * 3600  # or all workers are away for days
-            second = await client.submit_add("ann", "two", order=self.place(client, age))
+            second = await client.submit_add("ann", "two", order=place(client, age))
             await asyncio.to_thread(start_worker, backend=EXTRACTOR)
             await parked(client, "ann", 1)
             await asyncio.sleep(1)
@@ -293,7 +294,7 @@ class TestSideBySide:
     async def test_nobody_waits_for_what_another_lane_is_behind_with(
         self, client: MemoryClient, redis: RedisClient
     ) -> None:
-        bulk = await client.submit_add("ann", "one", lane="bulk", order=self.place(client, 3600))
+        bulk = await client.submit_add("ann", "one", lane="bulk", order=place(client, 3600))
         keys = client.transport.keys
         assert await redis.zcard(keys.coming(keys.user_tag("default", "ann"))) == 1
         assert (await client.add_memory("ann", "two", timeout=10)).added == 1
@@ -309,7 +310,7 @@ class TestSideBySide:
         tag = keys.user_tag("default", "ann")
         never = "0123456789abcdef-1"
         await redis.hset(keys.batch(never), mapping={"s": "queued", "l": "live", "n": "1"})
-        await redis.zadd(keys.coming(tag), {f"{never}-0": self.place(client, 3600)})
+        await redis.zadd(keys.coming(tag), {f"{never}-0": place(client, 3600)})
         last = await client.submit_add("ann", "last")
         await parked(client, "ann", 1)
 
@@ -1008,6 +1009,8 @@ class TestOrder:
     async def ledger(self, redis: RedisClient, namespace: str) -> SlowLedger:
         return TestLostReplies.ledger_of(redis, namespace, "w1")
 
+    hand_over = staticmethod(TestLostReplies.hand_over)
+
     async def pop(self, redis: RedisClient, namespace: str) -> dict[str, Any]:
         """The message of a batch that another worker has taken."""
         message = await redis.rpop(f"{namespace}.live")
@@ -1021,11 +1024,10 @@ class TestOrder:
         other = await self.pop(redis, namespace)
         for text in ("two", "three"):
             await client.submit_add("ann", text)
-            hand_over = TestLostReplies.hand_over
-            await hand_over(redis, namespace, await self.pop(redis, namespace))
+            await self.hand_over(redis, namespace, await self.pop(redis, namespace))
         (turn,) = (await ledger.take(5, 200)).turns
         assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["wait", "wait"]
-        await TestLostReplies.hand_over(redis, namespace, other)
+        await self.hand_over(redis, namespace, other)
         assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["wait", "wait"]
         await ledger.postpone(turn, 0.0, [])
         (turn,) = (await ledger.take(5, 200)).turns
@@ -1036,8 +1038,7 @@ class TestOrder:
     ) -> None:
         for text in ("one", "two"):
             await client.submit_add("ann", text)
-            hand_over = TestLostReplies.hand_over
-            await hand_over(redis, namespace, await self.pop(redis, namespace))
+            await self.hand_over(redis, namespace, await self.pop(redis, namespace))
             if text == "one":
                 (turn,) = (await ledger.take(5, 200)).turns
         assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["go"]
@@ -1048,18 +1049,16 @@ class TestOrder:
         """It is not what is waited for, and does not hide what is."""
 
         async def submit(text: str, lane: str, age: int) -> None:
-            await client.submit_add(
-                "ann", text, lane=lane, order=client.next_order() - age * 1_000_000
-            )
+            await client.submit_add("ann", text, lane=lane, order=place(client, age))
 
         await asyncio.gather(*(submit(f"bulk {n}", "bulk", 7200) for n in range(300)))
         await submit("one", "live", 3600)
         other = await self.pop(redis, namespace)
         await submit("two", "live", 3600)
-        await TestLostReplies.hand_over(redis, namespace, await self.pop(redis, namespace))
+        await self.hand_over(redis, namespace, await self.pop(redis, namespace))
         (turn,) = (await ledger.take(5, 200)).turns
         assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["wait"]
-        await TestLostReplies.hand_over(redis, namespace, other)
+        await self.hand_over(redis, namespace, other)
         await ledger.postpone(turn, 0.0, [])
         (turn,) = (await ledger.take(5, 200)).turns
         assert [each.what for each in await ledger.begin(turn, turn.jobs)] == ["go", "go"]

@@ -22,6 +22,9 @@ from recallq_worker.settings import WorkerSettings
 
 T = TypeVar("T")
 
+_PATIENCE = 120.0
+"""Seconds for which somebody who watches may be kept waiting at a time."""
+
 
 @dataclass(slots=True)
 class Reindexed:
@@ -71,9 +74,9 @@ async def reindex(
             try:
                 return await work()
             except BackendUnavailable as error:
-                wait = retries.wait(error, attempt, left=None)
+                wait = retries.wait(error, attempt, left=_PATIENCE)
                 if wait is None:
-                    raise
+                    raise  # with how long it is to take, where that is known
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
