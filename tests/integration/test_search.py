@@ -100,12 +100,21 @@ async def test_workers_of_an_index_that_is_not_there_yet(
     start_worker()
     async with MemoryClient(redis_url, namespace=namespace) as memory:
         await memory.add_memory(user, [f"tea {n}" for n in range(300)])
+        keys: list[bytes] = []
         async with redis_at(redis_url) as redis:
-            keys = [
-                key
-                async for key in redis.scan_iter(f"{namespace}:m:*")
-                if b"}:i" in key or b"}:e" in key or b"}:n:" in key
-            ]
+
+            async def is_tended() -> bool:
+                """What was added is in a segment, and the worker does nothing more."""
+                keys[:] = [
+                    key
+                    async for key in redis.scan_iter(f"{namespace}:m:*")
+                    if b"}:i" in key or b"}:e" in key or b"}:n:" in key
+                ]
+                return any(b"}:n:" in key for key in keys) and not any(
+                    b"}:e" in key for key in keys
+                )
+
+            await eventually(is_tended)
             assert await redis.delete(*keys) == len(keys) > 0
         assert len(await memory.search_memory(user, "tea", {"top_k": 500})) == 300
 
